@@ -1,0 +1,84 @@
+# The two that matter: `make book` and `make test`. Each sets up everything that it needs in .venv.
+
+PYTHON ?= python3
+PORT ?= 8000
+CHAPTERS = notebooks
+BIN = .venv/bin
+
+# Notebook kernels read the shared plot style. They must choose their own backend: with agg, figures vanish silently.
+export MATPLOTLIBRC = $(CURDIR)/book/matplotlibrc
+unexport MPLBACKEND
+
+# Nothing is fetched unless the published checkpoints are asked for: XAI_WEIGHTS=hub make book
+ifneq ($(XAI_WEIGHTS),hub)
+export HF_HUB_OFFLINE = 1
+endif
+export HF_HUB_DISABLE_PROGRESS_BARS = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL = help
+.PHONY: help book serve test chapters pages strip requirements fork clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-14s%s\n", $$1, $$2}' Makefile
+
+# ---- book -----------------------------------------------------------------------------------------------------------
+
+# The cache of executed notebooks knows only their own code, so it is emptied when anything else that they run changes.
+CACHE_FOR = _build/.weights-$(subst /,-,$(or $(XAI_WEIGHTS),bundled))
+
+$(CACHE_FOR): .venv/ready book/matplotlibrc $(shell find xai_helpers -type f ! -name '*.pyc')
+	rm -rf _build
+	mkdir _build
+	@touch $@
+
+book: .venv/ready $(CACHE_FOR)  ## execute the chapters and build the book in _build/html; warnings are errors
+	rm -rf _build/html _build/.doctrees
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001)
+	test -f _build/html/index.html || $(MAKE) book
+	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
+# ---- tests ----------------------------------------------------------------------------------------------------------
+
+# Two workers with one thread each are faster on two cores than two workers that fight for both.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600
+
+test: .venv/ready  ## lint, run every chapter and every test
+	$(BIN)/ruff check .
+	$(PYTEST) $(CHAPTERS) tests
+
+chapters: .venv/ready  ## run the chapters only (one of them: CHAPTERS=notebooks/recipes/vit.ipynb)
+	$(PYTEST) $(CHAPTERS)
+
+pages: .venv/ready  ## look at every page of the built book in a browser (needs chromium or chrome)
+	$(BIN)/python -m pytest tests/browser.py
+
+# ---- upkeep ---------------------------------------------------------------------------------------------------------
+
+strip: .venv/ready  ## take the outputs out of the chapters, as the tests want them
+	find notebooks -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout {} +
+
+requirements: .venv/ready  ## compile requirements.txt from pyproject.toml (with new releases: UPGRADE=--upgrade)
+	$(BIN)/uv pip compile --quiet $(UPGRADE) pyproject.toml --extra book --universal --python-version 3.11 \
+		--annotation-style line --custom-compile-command "make requirements" --output-file requirements.txt
+
+fork: .venv/ready  ## write another repository address everywhere: REPOSITORY=https://github.com/you/your-fork
+	$(BIN)/python book/fork.py "$(REPOSITORY)"
+
+clean:  ## remove everything that was built, but not the environment in .venv
+	rm -rf _build build *.egg-info .pytest_cache .ruff_cache
+
+# ---- environment ----------------------------------------------------------------------------------------------------
+
+PIP = $(BIN)/uv pip install --quiet --python $(BIN)/python
+
+.venv/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, for example: make book PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv --constraint requirements.txt
+	$(PIP) --requirement requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,51 @@
+"""Write another repository address into every file that names ours: python book/fork.py https://github.com/you/your-fork."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ADDRESS = re.compile(r"https://github\.com/([\w-]+/[\w.-]+)")
+
+
+def files_with_address(root: Path) -> list[Path]:
+    """The files that name the repository: settings, README and every chapter."""
+    settings = [root / name for name in ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md")]
+    return settings + sorted((root / "notebooks").rglob("*.ipynb"))
+
+
+def repository(root: Path = ROOT) -> str:
+    """The address in pyproject.toml, the one that all others have to equal."""
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+
+
+def rewrite(new: str, root: Path = ROOT) -> list[Path]:
+    """Replace the old address by `new` and return the changed files.
+
+    Raises:
+        ValueError: if `new` is not of the form https://github.com/owner/name.
+    """
+    new = new.strip().removesuffix("/").removesuffix(".git")
+    if not (match := ADDRESS.fullmatch(new)):
+        raise ValueError(f"{new!r} is not an address like https://github.com/owner/name")
+    old_name = ADDRESS.fullmatch(repository(root)).group(1)
+    # also matches colab.research.google.com/github/owner/name
+    pattern = re.compile(rf"(github(?:\.com)?/){re.escape(old_name)}(?![\w-])")
+    changed = []
+    for path in files_with_address(root):
+        old_text = path.read_text(encoding="utf-8")
+        new_text = pattern.sub(rf"\g<1>{match.group(1)}", old_text)
+        if new_text != old_text:
+            path.write_text(new_text, encoding="utf-8", newline="\n")
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        print(*(path.relative_to(ROOT) for path in rewrite(sys.argv[1])), sep="\n")
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,0 +1,156 @@
+"""The book's own rules: what every chapter looks like, and that settings, chapters and address are in step."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MAX_LINES = 12  # ten, and two for a call that is easier to read over several lines
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+ADDRESS = PYPROJECT["project"]["urls"]["Repository"]
+
+COLAB_CELL = f"""\
+import importlib.util
+
+if importlib.util.find_spec("xai_helpers") is None:  # in Colab
+    %pip install -q "git+{ADDRESS}"
+"""
+
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.relative_to(ROOT / "notebooks").as_posix())
+
+
+def cells(path, kind=None):
+    all_cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in all_cells if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def bullets(cell):
+    """The list items of a Markdown cell, each on one line."""
+    return [" ".join(item.split()) for item in re.findall(r"^[-*] (.+(?:\n  .+)*)", source(cell), flags=re.MULTILINE)]
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+def test_every_notebook_is_in_the_table_of_contents():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    pages = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    notebooks = [page for page in pages if page.startswith("notebooks/")]
+    assert sorted(notebooks) == sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in CHAPTERS)
+    for page in set(pages) - set(notebooks):
+        assert (ROOT / f"{page}.md").is_file(), page
+
+
+@each_chapter
+def test_chapter_is_stored_without_outputs(path):
+    assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["kernelspec"]["name"] == "python3"
+    for cell in cells(path, "code"):
+        assert not cell["outputs"] and cell["execution_count"] is None, "run: make strip"
+
+
+@each_chapter
+def test_chapter_has_goals_and_a_recap(path):
+    first, *_, last = cells(path)
+    assert first["cell_type"] == last["cell_type"] == "markdown"
+    assert source(first).startswith("# ")
+    assert len(bullets(first)) == 3, "the first cell names three goals"
+    assert re.search(r"^## .*recap", source(last), flags=re.MULTILINE | re.IGNORECASE)
+    assert bullets(last)[:3] == bullets(first), "the last cell repeats the goals"
+
+
+@each_chapter
+def test_second_cell_installs_the_package_in_colab(path):
+    cell = cells(path)[1]
+    assert source(cell) == COLAB_CELL.rstrip("\n")
+    assert "remove-cell" in cell["metadata"].get("tags", []), "the page does not show it"
+
+
+@each_chapter
+def test_code_cells_are_short(path):
+    for cell in cells(path, "code"):
+        assert len(source(cell).splitlines()) <= MAX_LINES, source(cell)
+
+
+@each_chapter
+def test_described_figures_have_words(path):
+    for cell in cells(path, "code"):
+        options = cell["metadata"].get("mystnb", {})
+        if "figure" in options or "image" in options:  # a figure with a title may do without a caption, not without alt
+            assert len(options["image"]["alt"].split()) >= 4, source(cell)
+            assert "figure" not in options or len(options["figure"]["caption"].split()) >= 4, source(cell)
+
+
+def test_no_function_is_defined_in_two_chapters():
+    names = Counter()
+    for path in CHAPTERS:
+        code = "\n".join(source(cell) for cell in cells(path, "code"))
+        tree = ast.parse(re.sub(r"^( *)[%!].*", r"\1pass", code, flags=re.MULTILINE))
+        names.update({node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)})
+    assert not [name for name, count in names.items() if count > 1], "move them to xai_helpers"
+
+
+def test_one_address():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert CONFIG["repository"]["url"] == citation["repository-code"] == ADDRESS
+    assert ADDRESS.removeprefix("https://") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PYPROJECT["project"]["version"]
+
+
+def test_fork_rewrites_the_address_everywhere(tmp_path):
+    for name in ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md", "book/fork.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+
+    def fork(address):
+        command = [sys.executable, tmp_path / "book/fork.py", address]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    before = {p: p.read_text(encoding="utf-8") for p in tmp_path.rglob("*") if p.is_file()}
+    for wrong in ("", "me/my-fork", "https://example.org/me/my-fork"):
+        assert fork(wrong).returncode == 1
+        assert "https://github.com/owner/name" in fork(wrong).stderr
+    assert before == {p: p.read_text(encoding="utf-8") for p in before}
+
+    assert fork("https://github.com/me/my.fork.git").returncode == 0
+    after = {p: p.read_text(encoding="utf-8") for p in before}
+    old_name = ADDRESS.removeprefix("https://github.com/")
+    for path, text in after.items():
+        assert old_name not in text, path
+        assert before[path].count(old_name) == text.count("me/my.fork"), path
+    assert fork(ADDRESS).returncode == 0
+    assert before == {p: p.read_text(encoding="utf-8") for p in before}
+
+
+def test_requirements_hold_every_direct_requirement():
+    pins = {}
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line.split("#")[0])
+            pins.setdefault(requirement.name, []).append(next(iter(requirement.specifier)).version)
+    project = PYPROJECT["project"]
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["book"]):
+        assert requirement.name in pins, f"{requirement.name}: run make requirements"
+        assert all(requirement.specifier.contains(pin) for pin in pins[requirement.name]), requirement

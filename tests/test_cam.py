@@ -1,0 +1,414 @@
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from pytorch_grad_cam import (
+    AblationCAM,
+    EigenCAM,
+    FinerCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    ScoreCAM,
+    ShapleyCAM,
+    XGradCAM,
+)
+from pytorch_grad_cam.ablation_layer import AblationLayerVit
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from xai_helpers.cam import explain
+from xai_helpers.reshape import tokens_to_map
+from xai_helpers.wrappers import LogitsModel
+
+GRID = functools.partial(tokens_to_map, grid=(4, 4))
+NAMES = {0: "cat", 1: "coffee cup", 2: "rocket", 3: "coin", 4: "pagoda"}
+
+
+class Convolutions(nn.Module):
+    """A CNN with BatchNorm whose running statistics are not the initial ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(inplace=True),
+            nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.5),
+        )  # fmt: skip
+        self.head = nn.Linear(8, 5)
+        for module in self.body:
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+def tiny(name):
+    """A random model of five categories in eval mode, a target layer and its reshape transform."""
+    torch.manual_seed(0)
+    if name == "resnet":
+        config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 16], depths=[1, 1], id2label=NAMES)
+        model = ResNetForImageClassification(config).eval()
+        model.classifier[1].weight.data.normal_()
+        return model, model.resnet.encoder.stages[-1], None
+    if name == "vit":
+        config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+                           image_size=32, patch_size=8, initializer_range=0.2, id2label=NAMES)
+        model = ViTForImageClassification(config).eval()
+        return model, model.vit.layers[-2], GRID
+    model = Convolutions().eval()
+    return model, model.body[3], None
+
+
+def picture(height=32, width=32):
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def plain(model, pixel_values, indices, layers, reshape_transform, method=GradCAM, **options):
+    """grad-cam as its documentation calls it, at least two rows."""
+    rows = list(indices) * (2 if len(indices) == 1 else 1)
+    with method(LogitsModel(model).eval(), layers, reshape_transform, **options) as cam:
+        maps = cam(pixel_values.repeat(len(rows), 1, 1, 1), [ClassifierOutputTarget(index) for index in rows])
+    return maps[: len(indices)]
+
+
+def count_passes(model, call):
+    passes = []
+    handle = model.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    call()
+    handle.remove()
+    return passes
+
+
+def state(model):
+    """What explain must leave as it was."""
+    return (
+        [(name, id(module), module.training, len(module._forward_hooks)) for name, module in model.named_modules()],
+        [(parameter.requires_grad, id(parameter.grad), len(parameter._backward_hooks or ())) for parameter in
+         model.parameters()],
+    )  # fmt: skip
+
+
+class OneLayer(nn.Module):
+    """Two channels of the image are the activations; scores are weighted sums of the channels' means."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1, bias=False)
+        self.layer.weight.data = torch.eye(3)[:2, :, None, None]
+        self.weights = torch.tensor(weights)
+
+    def forward(self, x):
+        return self.layer(x).mean(dim=(2, 3)) @ self.weights.T
+
+
+def test_a_cam_worked_out_by_hand():
+    # A channel's weight is the mean of its gradient, w / 6, so a map is relu(w0 * A0 + w1 * A1), here divided by
+    # its maximum (the minimum of each is 0).
+    model = OneLayer([[1.0, 0.0], [1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    A0 = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    A1 = torch.tensor([[0.0, 0.0, 8.0], [0.0, 2.0, 0.0]])
+    pixel_values = torch.stack([A0, A1, torch.full((2, 3), 7.0)])[None]
+    maps = explain(model, pixel_values, [0, 1, 2, 3], model.layer)
+    assert maps.dtype == np.float32 and maps.shape == (4, 2, 3)
+    np.testing.assert_allclose(maps[0], [[1, 0, 0], [0, 0, 0.25]], atol=1e-6)
+    np.testing.assert_allclose(maps[1], [[0.5, 0, 1], [0, 0.25, 0.125]], atol=1e-6)
+    np.testing.assert_allclose(maps[2], [[1, 0, 0], [0, 0, 0.25]], atol=1e-6)
+    np.testing.assert_array_equal(maps[3], np.zeros((2, 3)))  # everything speaks against it: no error, a map of zeros
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "batchnorm"])
+@pytest.mark.parametrize("indices", [[3], [2, 0], [4, 1, 0, 3, 2]])
+@pytest.mark.parametrize("method", [GradCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, HiResCAM, EigenCAM])
+def test_maps_equal_plain_grad_cam(name, indices, method):
+    model, layer, reshape_transform = tiny(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fallback to the repeated image would pass unnoticed
+        maps = explain(model, picture(), indices, layer, reshape_transform, method=method)
+    expected = plain(model, picture(), indices, [layer], reshape_transform, method)
+    assert maps.max() > 0.9
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+
+def test_maps_equal_plain_grad_cam_at_a_norm_inside_a_block():
+    model, _, reshape_transform = tiny("vit")
+    layer = model.vit.layers[-1].layernorm_before
+    maps = explain(model, picture(), [0, 4], layer, reshape_transform)
+    np.testing.assert_allclose(maps, plain(model, picture(), [0, 4], [layer], reshape_transform), atol=1e-5)
+
+
+def test_maps_of_several_layers_are_averaged_as_in_grad_cam():
+    model, _, reshape_transform = tiny("vit")
+    layers = [model.vit.layers[1], model.vit.layers[0]]
+    maps = explain(model, picture(), [0, 4], layers, reshape_transform)
+    np.testing.assert_allclose(maps, plain(model, picture(), [0, 4], layers, reshape_transform), atol=1e-5)
+
+
+def test_shapley_cam_needs_second_derivatives():
+    model, layer, _ = tiny("batchnorm")
+    maps = explain(model, picture(), [0, 4], layer, method=ShapleyCAM)
+    np.testing.assert_allclose(maps, plain(model, picture(), [0, 4], [layer], None, ShapleyCAM), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "batchnorm"])
+def test_five_categories_cost_one_forward_pass(name):
+    model, layer, reshape_transform = tiny(name)
+    passes = count_passes(model, lambda: explain(model, picture(), range(5), layer, reshape_transform))
+    assert passes == [1]
+
+
+def test_the_layers_before_the_target_layer_see_one_row_and_those_behind_a_row_a_category():
+    model, layer, reshape_transform = tiny("vit")
+    before = count_passes(model.vit.layers[0], lambda: explain(model, picture(), range(5), layer, reshape_transform))
+    behind = count_passes(model.vit.layers[2], lambda: explain(model, picture(), range(5), layer, reshape_transform))
+    assert (before, behind) == ([1], [5])
+
+
+@pytest.mark.parametrize("method", [ScoreCAM, AblationCAM])
+@pytest.mark.parametrize("name", ["batchnorm", "vit"])
+def test_masking_methods_equal_plain_grad_cam_and_share_their_passes(name, method):
+    model, layer, reshape_transform = tiny(name)
+    layer = model.vit.layers[-1].layernorm_before if name == "vit" else layer
+    options = {"ablation_layer": AblationLayerVit()} if method is AblationCAM and name == "vit" else {}
+    maps = explain(model, picture(), [2, 0, 4], layer, reshape_transform, method=method)
+    expected = plain(model, picture(), [2, 0, 4], [layer], reshape_transform, method, **options)
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+    one, three = (
+        count_passes(model, lambda n=n: explain(model, picture(), range(n), layer, reshape_transform, method=method))
+        for n in (1, 3)
+    )
+    assert max(one) > 1  # passes with several masked images
+    assert len(three) == len(one) + 2  # a further category needs one more pass, for the activations
+
+
+def test_ablation_works_on_a_whole_transformer_block():
+    model, layer, reshape_transform = tiny("vit")
+    maps = explain(model, picture(), [0, 1], layer, reshape_transform, method=AblationCAM)
+    assert maps.shape == (2, 32, 32) and maps.max() > 0.9
+
+
+def test_names_indices_and_callables_say_the_same():
+    model, layer, _ = tiny("resnet")
+    by_index = explain(model, picture(), [2, 1], layer)
+    np.testing.assert_array_equal(explain(model, picture(), ["rocket", "coffee cup"], layer), by_index)
+    by_callable = explain(model, picture(), [lambda scores: scores[2], ClassifierOutputTarget(1)], layer)
+    np.testing.assert_array_equal(by_callable, by_index)
+    np.testing.assert_array_equal(explain(model, picture(), "rocket", layer), by_index[:1])
+    np.testing.assert_array_equal(explain(model, picture(), 1, layer), by_index[1:])
+    assert not np.allclose(by_index[0], by_index[1])
+
+
+def test_maps_have_the_size_of_a_picture_that_is_not_square():
+    model, layer, _ = tiny("resnet")
+    maps = explain(model, picture(48, 80), ["cat", "coin"], layer)
+    assert maps.shape == (2, 48, 80) and maps.dtype == np.float32
+    assert maps.min() >= 0 and maps.max() <= 1
+
+
+def test_smoothing_is_passed_to_the_call():
+    model, layer, _ = tiny("resnet")
+    passes = count_passes(model, lambda: explain(model, picture(), [0, 1], layer, aug_smooth=True))
+    assert passes == [1] * 6  # flipped or not, times three brightnesses
+    smooth, rough = (explain(model, picture(), [0, 1], layer, eigen_smooth=flag) for flag in (True, False))
+    assert not np.allclose(smooth, rough)
+
+
+class EarlierFeatures(nn.Module):
+    """A head that also reads features from before the target layer, joined row by row."""
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        early = self.early(x)
+        return self.head(torch.cat([early, self.late(early)], dim=1)).sigmoid().mean(dim=(2, 3))
+
+
+def test_a_model_that_cannot_be_forked_gets_the_repeated_image_and_one_warning():
+    torch.manual_seed(0)
+    model = EarlierFeatures().eval()
+    with pytest.warns(UserWarning, match="cannot be forked") as caught:
+        maps = explain(model, picture(), [0, 3, 1], model.late)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    np.testing.assert_allclose(maps, plain(model, picture(), [0, 3, 1], [model.late], None), atol=1e-5)
+
+
+class NormedTokens(nn.Module):
+    """Tokens that come to a BatchNorm by permute and view, with one row a fault of some PyTorch versions."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, stride=8)
+        self.tokens = nn.Identity()
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        tokens = self.tokens(self.embed(x).flatten(2).transpose(1, 2))
+        normed = self.norm(tokens.permute(0, 2, 1).view(-1, 8, 4, 4))
+        return self.head((normed**3).mean(dim=(2, 3)))
+
+
+def test_one_category_is_explained_with_two_rows():
+    torch.manual_seed(0)
+    model = NormedTokens().eval()
+    reshape_transform = functools.partial(tokens_to_map, grid=(4, 4), prefix=0)
+    rows = []
+    handle = model.norm.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    alone = explain(model, picture(), 2, model.tokens, reshape_transform)
+    handle.remove()
+    assert rows == [2]
+    np.testing.assert_allclose(alone, explain(model, picture(), [2, 0], model.tokens, reshape_transform)[:1], atol=1e-6)
+
+
+def test_a_model_in_train_mode_is_explained_in_eval_mode():
+    model, layer, _ = tiny("batchnorm")
+    expected = explain(model, picture(), [0, 1], layer)
+    statistics = model.body[1].running_mean.clone()
+    model.train()
+    np.testing.assert_array_equal(explain(model, picture(), [0, 1], layer), expected)
+    assert model.training and model.body[1].training
+    assert torch.equal(model.body[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_switched_off(context):
+    model, layer, reshape_transform = tiny("vit")
+    expected = explain(model, picture(), [0, 1], layer, reshape_transform)
+    with context():
+        maps = explain(model, picture() * 1, [0, 1], layer, reshape_transform)
+    np.testing.assert_array_equal(maps, expected)
+
+
+def test_the_picture_is_left_alone():
+    model, layer, _ = tiny("resnet")
+    pixel_values = picture().requires_grad_()
+    explain(model, pixel_values, [0, 1], layer)
+    assert pixel_values.grad is None
+    assert torch.equal(pixel_values.detach(), picture())
+
+
+def test_the_same_input_gives_the_same_maps():
+    model, layer, reshape_transform = tiny("vit")
+    first, second = (explain(model, picture(), [0, 1], layer, reshape_transform) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def mixed_state(model):
+    """Puts a model into a state that is neither all train nor all eval, with gradients of a training step."""
+    LogitsModel(model)(picture()).sum().backward()
+    modules = list(model.modules())
+    model.train()
+    modules[-1].eval()
+    next(model.parameters()).requires_grad_(False)
+    return state(model)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "batchnorm"])
+@pytest.mark.parametrize("method", [GradCAM, ScoreCAM, AblationCAM, EigenCAM, ShapleyCAM])
+def test_the_model_is_as_before(name, method):
+    if (name, method) == ("vit", ShapleyCAM):
+        pytest.skip("PyTorch has no second derivative of its fused attention")
+    model, layer, reshape_transform = tiny(name)
+    before = mixed_state(model)
+    explain(model, picture(), [0, 1], layer, reshape_transform, method=method)
+    assert state(model) == before
+
+
+def raises_index_error(scores):
+    return [][1]
+
+
+@pytest.mark.parametrize("method", [GradCAM, ScoreCAM, AblationCAM, EigenCAM])
+@pytest.mark.parametrize("name", ["vit", "batchnorm"])
+def test_the_model_is_as_before_when_a_target_fails(name, method):
+    model, layer, reshape_transform = tiny(name)
+    before = mixed_state(model)
+    # EigenCAM asks no target, so it cannot fail there.
+    if method is EigenCAM:
+        explain(model, picture(), [0, raises_index_error], layer, reshape_transform, method=method)
+    else:
+        with pytest.raises(IndexError):
+            explain(model, picture(), [0, raises_index_error], layer, reshape_transform, method=method)
+    assert state(model) == before
+
+
+def test_ablation_gives_the_layer_back_when_it_fails_midway():
+    model, layer, _ = tiny("batchnorm")
+    asked = []
+
+    def fails_during_the_ablation(scores):
+        asked.append(scores)
+        if len(asked) > 3:
+            raise RuntimeError("midway")
+        return scores[0]
+
+    with pytest.raises(RuntimeError, match="midway"):
+        explain(model, picture(), fails_during_the_ablation, layer, method=AblationCAM)
+    assert model.body[3] is layer
+    explain(model, picture(), 0, layer)
+
+
+def vit_error(layer=lambda model: model.vit.layers[-2], reshape_transform=GRID, categories=(0, 1), **options):
+    model, _, _ = tiny("vit")
+    before = mixed_state(model)
+    with pytest.raises((ValueError, TypeError)) as error:
+        explain(model, picture(), categories, layer(model), reshape_transform, **options)
+    assert state(model) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reshape_transform", "message"),
+    [
+        (lambda model: nn.Linear(2, 2), GRID, "Linear is not part of this ViTForImageClassification"),
+        (lambda model: "vit.layers.1", GRID, "a target layer is a module"),
+        (lambda model: model.vit.layers, GRID, "vit.layers is not reached"),
+        (lambda model: model.vit.layers[-1], GRID, "vit.layers.2 gets a gradient of zero at every position for any"),
+        (lambda model: model.vit, GRID, "vit returns a BaseModelOutput"),
+        (lambda model: model.classifier, None, "classifier returns shape (1, 5), wanted (batch, channels, height,"),
+        (lambda model: model.vit.layers[1], None, "returns shape (1, 17, 16), wanted (batch, channels, height, width)"),
+        (lambda model: model.vit.layers[1], functools.partial(tokens_to_map, grid=(7, 7)), "wanted (batch, 50, "),
+    ],
+)
+def test_a_layer_that_cannot_be_explained_points_to_the_finder(layer, reshape_transform, message):
+    error = vit_error(layer, reshape_transform)
+    assert message in error
+    assert "find_target_layers(model, pixel_values)" in error
+
+
+def test_a_layer_off_the_way_to_the_scores_points_to_the_finder():
+    class SideBranch(OneLayer):
+        def forward(self, x):
+            self.side(x)
+            return super().forward(x)
+
+    model = SideBranch([[1.0, 0.0], [0.0, 1.0]])
+    model.side = nn.Conv2d(3, 2, 1)
+    with pytest.raises(ValueError, match="scores do not depend on target layer side.*find_target_layers"):
+        explain(model, picture(), [0, 1], model.side)
+
+
+def test_a_gradient_of_zero_for_one_category_names_it():
+    model = OneLayer([[1.0, 0.0], [0.0, 0.0]])
+    with pytest.raises(ValueError, match="layer gets a gradient of zero at every position for category number 2"):
+        explain(model, picture(), [0, 1], model.layer)
+
+
+def test_other_errors_say_what_is_wrong():
+    assert "no category 'cap'; the closest are: 'cat'" in vit_error(categories=["cat", "cap"])
+    assert "category 5 is out of range: the model's scores are 0 to 4" in vit_error(categories=[0, 5])
+    assert "FinerCAM is not derived from grad-cam's BaseCAM" in vit_error(method=FinerCAM)
+    assert "GradCAM got an unexpected keyword argument 'aug'" in vit_error(aug=True)
+    model, layer, _ = tiny("resnet")
+    with pytest.raises(ValueError, match="unsqueeze"):
+        explain(model, picture()[0], 0, layer)

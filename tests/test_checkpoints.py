@@ -1,0 +1,248 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+from training.report import natural_photos, score
+from xai_helpers.attention import relevance
+from xai_helpers.cam import explain
+from xai_helpers.checkpoints import (
+    BUNDLED,
+    HUB,
+    HUB_BOXES,
+    chosen_weights,
+    example_scene,
+    examples,
+    load,
+    scene_categories,
+)
+from xai_helpers.scenes import labels, make_scene
+from xai_helpers.scoring import score_table
+
+ROOT = Path(__file__).resolve().parents[1]
+THERE = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+IMAGENET = {0: "tench", 1: "Egyptian cat", 2: "espresso", 3: "daisy", 4: "moped", 5: "space shuttle"}
+
+
+@pytest.fixture(autouse=True)
+def weights_are_not_set(monkeypatch):
+    monkeypatch.delenv("XAI_WEIGHTS", raising=False)
+
+
+@pytest.fixture(scope="module", params=THERE)
+def bundled(request):
+    """Name, model and processor of each bundled checkpoint."""
+    return request.param, *load(request.param, weights="bundled")
+
+
+def tiny(folder, names, processor=None):
+    """A random model of the given categories, saved in the hub's format."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], layer_type="basic", id2label=names)
+    ResNetForImageClassification(config).half().save_pretrained(folder)
+    (processor or ViTImageProcessor(size={"height": 32, "width": 32})).save_pretrained(folder)
+    return folder
+
+
+def test_every_family_is_bundled():
+    assert set(THERE) == set(HUB)
+
+
+def test_bundled_model_is_ready_for_use(bundled):
+    name, model, processor = bundled
+    assert not model.training and not any(module.training for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.device.type == "cpu"
+    assert [model.config.id2label[i] for i in range(len(labels()))] == labels()
+    assert model.config.num_labels == len(labels())
+    out = model(**processor(make_scene(0, size=200).image, return_tensors="pt")).logits
+    assert out.shape == (1, len(labels()))
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_bundled_folder_has_small_safetensors_and_a_card(name):
+    files = {path.name for path in (BUNDLED / name).iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert (BUNDLED / name / "model.safetensors").stat().st_size < 2e6
+    with safe_open(BUNDLED / name / "model.safetensors", "pt") as weights:
+        kinds = {weights.get_slice(key).get_dtype() for key in weights.keys()}
+    assert "F16" in kinds and kinds <= {"F16", "I64"}  # a BatchNorm counts its batches in I64
+    card = (BUNDLED / name / "README.md").read_text()
+    assert f"python -m training.classifier {name}" in card
+    assert "instances, not categories" in card and "2,000 test scenes" in card
+
+
+def test_bundled_weights_are_the_default(monkeypatch):
+    assert chosen_weights() == "bundled"
+    monkeypatch.setenv("XAI_WEIGHTS", "hub")
+    assert chosen_weights() == "hub"
+    assert chosen_weights("bundled") == "bundled"
+    monkeypatch.setenv("XAI_WEIGHTS", "")
+    assert chosen_weights() == "bundled"
+
+
+def test_weights_of_ones_own(tmp_path, monkeypatch):
+    folder = tiny(tmp_path, {0: "left", 1: "right"})
+    monkeypatch.setenv("XAI_WEIGHTS", str(folder))
+    model, processor = load("resnet")
+    assert model.config.id2label == {0: "left", 1: "right"} and not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert processor.size["height"] == 32
+    model, _ = load("resnet", weights="bundled", device="cpu")
+    assert model.config.num_labels == len(labels())
+
+
+def test_unknown_names_and_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint 'resnet50'. There are: resnet, vit"):
+        load("resnet50")
+    with pytest.raises(OSError, match=r"nowhere.*not on this machine.*load\('vit', weights=\"bundled\"\)"):
+        load("vit", weights=str(tmp_path / "nowhere"))
+
+
+OFFLINE = """
+import json, os
+from xai_helpers.checkpoints import example_scene, load
+
+calls = {
+    "resnet": lambda: load("resnet", weights="hub"),
+    "vit": lambda: load("vit", weights="hub"),
+    "picture": lambda: example_scene("hub"),
+    "bundled": lambda: load("resnet", weights="bundled"),
+    "bundled picture": lambda: example_scene("bundled"),
+}
+found = {}
+for environment in (None, "hub"):
+    if environment:
+        os.environ["XAI_WEIGHTS"] = environment
+        calls = {"resnet by environment": lambda: load("resnet"), "picture by environment": example_scene}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "works"
+        except Exception as error:
+            found[name] = [type(error).__name__, str(error)]
+print(json.dumps(found))
+"""
+
+
+def test_offline_the_hub_names_what_is_missing_and_the_bundled_way_works(tmp_path):
+    """On a machine that has fetched nothing; in a process of its own, since HF_* are read on import."""
+    left_out = {"XAI_WEIGHTS", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"}
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for case, name in (("resnet", "resnet"), ("vit", "vit"), ("resnet by environment", "resnet")):
+        kind, message = found[case]
+        assert kind == "OSError" and HUB[name] in message
+        assert f'load({name!r}, weights="bundled")' in message and "HF_HUB_OFFLINE" in message
+    for case in ("picture", "picture by environment"):
+        kind, message = found[case]
+        assert kind == "OSError" and "huggingface/cats-image" in message
+        assert 'example_scene("bundled")' in message
+    assert found["bundled"] == found["bundled picture"] == "works"
+
+
+def test_example_scene_is_one_that_the_models_know(bundled):
+    _, model, processor = bundled
+    scene, again = example_scene("bundled"), example_scene()
+    np.testing.assert_array_equal(np.asarray(scene.image), np.asarray(again.image))
+    np.testing.assert_array_equal(scene.masks, again.masks)
+    assert len(scene.categories) == 2 and set(scene.categories) <= set(labels())
+    assert scene.masks.shape == (2, scene.image.height, scene.image.width) and scene.masks.any(axis=(1, 2)).all()
+    scores = model(**processor(scene.image, return_tensors="pt")).logits[0]
+    assert {model.config.id2label[int(i)] for i in scores.topk(2).indices} == set(scene.categories)
+
+
+def test_boxes_of_the_hub_picture_lie_in_it():
+    boxes = np.array([box for some in HUB_BOXES.values() for box in some])
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 640 and boxes[:, 3].max() <= 480
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+
+
+def test_categories_that_a_model_knows(bundled, tmp_path):
+    assert scene_categories(bundled[1]) == {name: name for name in labels()}
+    model, _ = load("resnet", tiny(tmp_path, IMAGENET))
+    assert scene_categories(model) == {
+        "cat": "Egyptian cat",
+        "coffee cup": "espresso",
+        "flower": "daisy",
+        "motorcycle": "moped",
+        "rocket": "space shuttle",
+    }
+
+
+def test_examples_of_a_model_with_other_names_and_a_crop(tmp_path):
+    crop = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.25)  # to 128, of which 32 are kept
+    model, processor = load("resnet", tiny(tmp_path, IMAGENET, crop))
+    made = examples(model, processor, 6, size=128)
+    # Only scenes of which the crop leaves both objects.
+    known = ["cat", "coffee cup", "flower", "motorcycle", "rocket"]
+    scenes = [make_scene(seed, 2, 128, among=known) for seed in range(30)]
+    kept = [scene.masks[:, 48:80, 48:80].any(axis=(1, 2)).all() for scene in scenes]
+    assert sum(kept[:6]) < 6 <= sum(kept)
+    wanted = [scene for scene, whole in zip(scenes, kept, strict=True) if whole][:6]
+    assert len(made) == len(wanted) == 6
+    for example, scene in zip(made, wanted, strict=True):
+        assert example.categories == [scene_categories(model)[name] for name in scene.categories]
+        np.testing.assert_array_equal(example.masks, scene.masks[:, 48:80, 48:80])
+        pixels = (np.asarray(scene.image, np.float32)[48:80, 48:80] / 255 - crop.image_mean) / crop.image_std
+        assert example.pixel_values.shape == (1, 3, 32, 32)
+        np.testing.assert_allclose(example.pixel_values[0].permute(1, 2, 0), pixels, atol=0.02)
+
+
+def test_examples_to_choose_on_are_not_those_to_score_on(bundled):
+    _, model, processor = bundled
+    test, validation = (examples(model, processor, 2, split=split, size=64)[0] for split in ("test", "validation"))
+    assert not torch.equal(test.pixel_values, validation.pixel_values)
+    assert test.pixel_values.shape == (1, 3, 128, 128)
+    (single,) = examples(model, processor, 1, objects=1, size=64)
+    assert len(single.categories) == len(single.masks) == 1
+
+
+def test_a_model_that_knows_too_little_is_named(tmp_path):
+    model, processor = load("resnet", tiny(tmp_path, {0: "Egyptian cat", 1: "tench"}))
+    with pytest.raises(ValueError, match="knows 1 of the categories astronaut.*too few for 2 objects"):
+        examples(model, processor, 1)
+
+
+# The bars are a little below those of the cards, which stand on 1,000 scenes a row: here 200 are drawn.
+BARS = {"resnet": (0.98, 0.965), "vit": (0.95, 0.91)}
+
+
+def test_bundled_model_knows_the_objects(bundled):
+    name, model, _ = bundled
+    found = score(model, "test", n=200)
+    one, both = BARS[name]
+    assert found["one object, top-1"] >= one
+    assert found["two objects, both in top 2"] >= both
+    assert found["no object, two distractors, one is called an object"] <= 0.10
+
+
+def test_bundled_model_knows_the_untouched_photos(bundled):
+    _, model, processor = bundled
+    rows = natural_photos(model, processor)
+    assert len(rows) == 14
+    assert [row[:3] for row in rows if not row[3]] == []
+
+
+def test_maps_of_bundled_models_point_at_the_objects(bundled):
+    name, model, processor = bundled
+    methods = {
+        "resnet": lambda pixels, categories: explain(model, pixels, categories, model.resnet.encoder.stages[-1]),
+        "vit": lambda pixels, categories: relevance(model, pixels, categories),
+    }
+    table = score_table({"map": methods[name]}, examples(model, processor, 40))
+    assert table.loc["map", "maps"] == 80
+    pointing, other = table["pointing"], table["on the other"]
+    assert pointing["map"] >= 0.8
+    assert pointing["map"] > 2 * max(pointing["centre dot"], pointing["random map"])
+    assert table["energy"]["map"] > table["energy"][["centre dot", "random map"]].max() + 0.1
+    assert other["map"] < 0.1

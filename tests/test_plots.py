@@ -1,0 +1,183 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from xai_helpers.concepts import Concepts
+from xai_helpers.plots import CONCEPT_COLOURS, overlay, show_concepts, show_maps
+
+
+@pytest.fixture(autouse=True)
+def no_windows():
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+def flat(width=48, height=32, colour=(128, 128, 128)):
+    return Image.new("RGB", (width, height), colour)
+
+
+def panels(figure):
+    """The axes with a picture in them; the colour bar has none."""
+    return [ax for ax in figure.axes if ax.get_images()]
+
+
+def redness(pixels):
+    """How much of the light is red: a third for grey."""
+    pixels = np.asarray(pixels, float)
+    return pixels[..., 0] / pixels.sum(axis=-1)
+
+
+def test_a_zero_map_leaves_the_grey_picture():
+    # ITU-R 601: 0.299 R + 0.587 G + 0.114 B.
+    found = overlay(flat(colour=(200, 100, 50)), np.zeros((4, 6)))
+    assert found.dtype == np.uint8 and found.shape == (32, 48, 3)
+    assert (np.abs(found.astype(float) - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) <= 1).all()
+
+
+def test_overlay_is_the_redder_the_hotter():
+    ramp = np.linspace(0, 1, 256)[None].repeat(2, axis=0)
+    shades = redness(overlay(flat(256, 2), ramp))[0]
+    assert shades[0] == pytest.approx(1 / 3, abs=0.01) and shades[-1] > 0.6
+    assert (np.diff(shades) > -0.01).all()  # up to rounding to 8 bits
+    assert (np.diff(shades[:240:16]) > 0).all()
+
+
+def test_overlay_has_the_geometry_of_the_picture():
+    heat = np.zeros((32, 48))
+    heat[10, 20] = 1
+    shades = redness(overlay(flat(), heat))
+    assert np.unravel_index(shades.argmax(), shades.shape) == (10, 20)
+    small = np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # a map of 2 x 3 for a picture of 32 x 48
+    shades = redness(overlay(flat(), small))
+    assert (shades[:8, 40:] > 0.6).all()
+    np.testing.assert_allclose(shades[24:], 1 / 3, atol=0.01)
+    np.testing.assert_allclose(shades[:, :24], 1 / 3, atol=0.01)
+
+
+def test_what_is_no_map_is_named():
+    for heat in (np.zeros((1, 4, 4)), np.full((4, 4), 1.2), np.full((4, 4), -0.1), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match=r"\(height, width\) in \[0, 1\], not \("):
+            overlay(flat(), heat)
+    with pytest.raises(ValueError, match=r"not \(1, 4, 4\)"):
+        overlay(flat(), np.zeros((1, 4, 4)))
+    with pytest.raises(ValueError, match=r"in \[0\.5, 3\]"):
+        overlay(flat(), np.array([[0.5, 3.0]]))
+
+
+HEAT = np.array([[[0, 0, 0, 0], [0, 0.5, 1, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]], np.float32)  # its peak: row 1, column 2
+ANSWER = np.zeros((1, 4, 4), bool)
+ANSWER[0, 1:3, 2:4] = True  # holds the peak and 0.5 beside it: 1.5 of 2
+
+
+def test_titles_say_what_the_scores_are():
+    figure = show_maps(flat(), np.concatenate([HEAT] * 3), ["cat", "coin", "none"],
+                       answers=np.stack([ANSWER[0], ~ANSWER[0], np.eye(4, dtype=bool)]))  # fmt: skip
+    titles = [ax.get_title() for ax in panels(figure)]
+    # The diagonal holds the 0.5 of row 1 but not the peak, and the 0.5 of row 2.
+    assert titles == ["what the model saw", "cat\nhit, 75% inside", "coin\nmiss, 25% inside", "none\nmiss, 50% inside"]
+
+
+def test_without_answers_titles_are_as_given():
+    figure = show_maps(flat(), HEAT, ["cat"])
+    assert [ax.get_title() for ax in panels(figure)] == ["what the model saw", "cat"]
+    assert [ax.get_title() for ax in panels(show_maps(flat(), HEAT, "cat"))] == ["what the model saw", "cat"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+def test_one_panel_for_the_picture_and_one_a_map(n):
+    figure = show_maps(flat(), HEAT.repeat(n, axis=0), [str(i) for i in range(n)])
+    assert [ax.get_title() for ax in panels(figure)] == ["what the model saw"] + [str(i) for i in range(n)]
+    assert not any(ax.axison for ax in figure.axes if not ax.get_label() == "<colorbar>")
+    (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+    assert bar.get_ylim() == (0, 1)
+
+
+def test_panels_show_the_picture_and_the_overlays():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    first, second = panels(show_maps(picture, HEAT, ["cat"]))
+    np.testing.assert_array_equal(first.get_images()[0].get_array(), np.asarray(picture))
+    np.testing.assert_array_equal(second.get_images()[0].get_array(), overlay(picture, HEAT[0]))
+
+
+def crosses(ax):
+    return [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "+"]
+
+
+def test_the_cross_lies_on_the_peak():
+    # A map's pixel is 32 x 16 of the picture's. The middle of column 2 is 2.5 * 32, of row 1 it is 1.5 * 16; pixel
+    # centres are whole numbers on an axis with a picture.
+    _, ax = panels(show_maps(flat(128, 64), HEAT, ["cat"]))
+    assert crosses(ax) == [[[79.5, 23.5]]]
+    _, ax = panels(show_maps(flat(4, 4), HEAT, ["cat"]))
+    assert crosses(ax) == [[[2, 1]]]
+    _, ax = panels(show_maps(flat(4, 4), 0 * HEAT, ["cat"], answers=ANSWER))
+    assert crosses(ax) == [] and ax.get_title() == "cat\nmiss, 0% inside"
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_the_outline_runs_along_the_edge_of_the_answer(factor):
+    answer = ANSWER.repeat(factor, axis=1).repeat(factor, axis=2)
+    _, ax = panels(show_maps(flat(128, 64), HEAT, ["cat"], answers=answer))
+    assert len(ax.collections) == 2  # a dark line under a white one
+    for contour in ax.collections:
+        points = np.concatenate([path.vertices for path in contour.get_paths()])
+        # Columns 2 and 3 of 4 are the right half of 128 pixels, rows 1 and 2 the half in the middle of 64.
+        np.testing.assert_allclose(points.min(axis=0), [64 - 0.5, 16 - 0.5], atol=0.01)
+        np.testing.assert_allclose(points.max(axis=0), [128 - 0.5, 48 - 0.5], atol=0.01)
+    assert ax.get_xlim() == (-0.5, 127.5) and ax.get_ylim() == (63.5, -0.5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_answer_that_a_crop_cut_off_is_a_miss():
+    _, ax = panels(show_maps(flat(), HEAT, ["cat"], answers=np.zeros((1, 4, 4), bool)))
+    assert ax.get_title() == "cat\nmiss, 0% inside"
+
+
+def test_maps_titles_and_answers_are_to_be_as_many():
+    with pytest.raises(ValueError, match="1 maps need as many titles and answers, not 2 and none"):
+        show_maps(flat(), HEAT, ["cat", "coin"])
+    with pytest.raises(ValueError, match="not 1 and 2"):
+        show_maps(flat(), HEAT, ["cat"], answers=np.concatenate([ANSWER, ANSWER]))
+    with pytest.raises(ValueError, match="in \\[0, 1\\]"):
+        show_maps(flat(), 2 * HEAT, ["cat"])
+
+
+def concepts(n):
+    """Concepts side by side: each rules one column of a picture of n columns."""
+    maps = np.eye(n, dtype=np.float32)[:, None, :].repeat(2, axis=1)
+    return Concepts(maps, np.ones((n, 3), np.float32), np.ones((n, 5), np.float32))
+
+
+def test_concepts_have_a_panel_a_colour_and_a_legend_entry_each():
+    figure = show_concepts(flat(4, 2), concepts(4), ["cat", "coin", "cat", "rocket"])
+    entries = ["concept 1: cat", "concept 2: coin", "concept 3: cat", "concept 4: rocket"]
+    assert [ax.get_title() for ax in panels(figure)] == ["what the model saw", "strongest concept", *entries]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == entries
+    colours = [to_rgb(handle.get_color()) for handle in legend.legend_handles]
+    assert len(set(colours)) == 4
+    # On a black picture a concept at its strongest is its colour at an opacity of 0.85; elsewhere it stays black.
+    figure = show_concepts(flat(4, 2, (0, 0, 0)), concepts(4), list("abcd"))
+    joint, *single = [ax.get_images()[0].get_array() for ax in panels(figure)[1:]]
+    for i, colour in enumerate(colours):
+        np.testing.assert_allclose(joint[:, i], [0.85 * np.array(colour)] * 2, atol=1e-6)
+        np.testing.assert_allclose(single[i][:, i], joint[:, i], atol=1e-6)
+        assert single[i].sum() == pytest.approx(joint[:, i].sum())
+
+
+def test_concepts_are_stretched_to_the_picture():
+    figure = show_concepts(flat(64, 32, (0, 0, 0)), concepts(2), ["left", "right"])
+    joint = panels(figure)[1].get_images()[0].get_array()
+    assert joint.shape == (32, 64, 3)
+    np.testing.assert_allclose(joint[:, :16], np.broadcast_to(0.85 * CONCEPT_COLOURS[0], (32, 16, 3)), atol=1e-6)
+    np.testing.assert_allclose(joint[:, 48:], np.broadcast_to(0.85 * CONCEPT_COLOURS[1], (32, 16, 3)), atol=1e-6)
+
+
+def test_concepts_and_labels_are_to_be_as_many_and_few():
+    with pytest.raises(ValueError, match="3 concepts need as many labels, not 2"):
+        show_concepts(flat(), concepts(3), ["cat", "coin"])
+    with pytest.raises(ValueError, match="at most 8"):
+        show_concepts(flat(), concepts(9), list("abcdefghi"))

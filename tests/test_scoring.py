@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+import torch
+
+from xai_helpers.scoring import (
+    Example,
+    centre_dots,
+    energy_inside,
+    hits,
+    random_maps,
+    resize_masks,
+    score_table,
+    strongest_inside,
+)
+
+LEFT = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0]], bool)
+
+
+def test_hit_is_a_maximum_on_the_object():
+    on = [[0, 0, 0], [0.9, 0.8, 0], [0, 0, 0]]
+    off = [[0.8, 0, 0], [0.8, 0.9, 0], [0.8, 0, 0]]  # more of it lies on the object, but not its maximum
+    found = hits([on, off], [LEFT, LEFT])
+    assert found.dtype == bool and found.tolist() == [True, False]
+
+
+def test_a_zero_map_is_a_miss_without_energy():
+    zero = np.zeros((1, 3, 3))
+    whole = np.ones((1, 3, 3), bool)
+    assert hits(zero, whole).tolist() == [False]
+    assert energy_inside(zero, whole).tolist() == [0]
+
+
+def test_nothing_lies_on_an_object_that_cannot_be_seen():
+    maps, masks = np.ones((1, 3, 3)), np.zeros((1, 3, 3), bool)
+    assert hits(maps, masks).tolist() == [False]
+    assert energy_inside(maps, masks).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "hit"),
+    [
+        ([(0, 0), (1, 0), (2, 2)], True),  # two of three on the object
+        ([(0, 0), (2, 2)], False),  # as many on it as off it
+        ([(0, 0), (1, 1), (2, 2)], False),
+    ],
+)
+def test_of_equal_maxima_most_must_lie_on_the_object(peaks, hit):
+    heat = np.full((1, 3, 3), 0.2)
+    for peak in peaks:
+        heat[0][peak] = 0.7
+    assert hits(heat, LEFT[None]).tolist() == [hit]
+
+
+def test_energy_is_the_share_inside():
+    maps = [[[1, 0, 0], [2, 1, 0], [0, 0, 4]], [[0, 0, 0], [0, 5, 0], [0, 0, 0]], [[3, 0, 0], [0, 0, 0], [0, 0, 0]]]
+    np.testing.assert_allclose(energy_inside(maps, [LEFT, LEFT, LEFT]), [3 / 8, 0, 1])
+
+
+def test_each_map_has_its_own_mask():
+    heat = np.eye(3)[[0]].T @ np.eye(3)[[2]]  # the upper right pixel
+    right = LEFT[:, ::-1]
+    assert hits([heat, heat], [LEFT, right]).tolist() == [False, True]
+    assert energy_inside([heat, heat], [LEFT, right]).tolist() == [0, 1]
+
+
+def test_masks_come_to_the_size_of_the_maps():
+    # Blocks of 2 x 2 pixels with 4, 2, 1 and 0 of them inside: half is enough.
+    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+    assert resize_masks(mask[None], 2, 2).tolist() == [[[True, True], [False, False]]]
+    heat = np.array([[[1, 2], [4, 8]]])
+    np.testing.assert_allclose(energy_inside(heat, mask[None]), [3 / 15])
+    assert hits(heat, mask[None]).tolist() == [False]
+    assert hits(heat, ~mask[None]).tolist() == [True]
+
+
+def test_masks_are_brought_to_other_proportions():
+    mask = np.zeros((1, 6, 4), bool)
+    mask[0, :3, :2] = True  # the upper left quarter
+    wanted = np.zeros((1, 4, 8), bool)
+    wanted[0, :2, :4] = True
+    np.testing.assert_array_equal(resize_masks(mask, 4, 8), wanted)
+    assert resize_masks(np.zeros((0, 6, 4), bool), 4, 8).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("score", [hits, energy_inside])
+def test_what_is_no_pair_of_maps_and_masks_is_named(score):
+    maps, masks = np.ones((2, 3, 3)), np.ones((2, 3, 3), bool)
+    for wrong in ((maps, masks[:1]), (maps[0], masks[0]), (maps, masks[0])):
+        with pytest.raises(ValueError, match="do not pair up.*one mask a map"):
+            score(*wrong)
+    with pytest.raises(ValueError, match=r"\(2, 3, 3\) and masks of shape \(1, 3, 3\)"):
+        score(maps, masks[:1])
+    for value in (-0.1, np.nan, np.inf):
+        maps[1, 2, 2] = value
+        with pytest.raises(ValueError, match="finite and not negative"):
+            score(maps, masks)
+
+
+def test_which_map_is_strongest_inside():
+    maps = [[[0.9, 0.1], [0.5, 0.5]], [[0.1, 0.9], [0.4, 0.6]]]  # the first rules the left, the second the right
+    top, left, nothing = [[1, 1], [0, 0]], [[1, 0], [1, 0]], [[0, 0], [0, 0]]
+    found = strongest_inside(maps, np.array([top, left, nothing], bool))
+    np.testing.assert_allclose(found, [[0.5, 1, np.nan], [0.5, 0, np.nan]])
+    large = np.kron(np.array([top, left]), np.ones((1, 3, 3))).astype(bool)
+    np.testing.assert_allclose(strongest_inside(maps, large), [[0.5, 1], [0.5, 0]])
+
+
+def test_random_maps():
+    maps = random_maps(3, 40, 64, seed=5)
+    assert maps.shape == (3, 40, 64) and maps.dtype == np.float32
+    np.testing.assert_array_equal(maps.min(axis=(1, 2)), 0)
+    np.testing.assert_array_equal(maps.max(axis=(1, 2)), 1)
+    np.testing.assert_array_equal(maps, random_maps(3, 40, 64, seed=5))
+    assert np.abs(maps - random_maps(3, 40, 64, seed=6)).mean() > 0.1
+    assert np.abs(maps[0] - maps[1]).mean() > 0.1
+
+
+def test_maxima_of_random_maps_lie_everywhere():
+    peaks = [random_maps(1, 32, 32, seed)[0].argmax() for seed in range(200)]
+    rows, columns = np.unravel_index(peaks, (32, 32))
+    quarters = np.bincount(2 * (rows >= 16) + (columns >= 16), minlength=4)
+    assert (quarters > 25).all()  # 50 each are expected, with a standard deviation of 6
+
+
+def test_centre_dots():
+    maps = centre_dots(2, 601, 301)
+    assert maps.shape == (2, 601, 301) and maps.dtype == np.float32
+    np.testing.assert_array_equal(maps[0], maps[1])
+    assert np.unravel_index(maps[0].argmax(), maps[0].shape) == (300, 150) and maps.max() == 1
+    # A sixth of the side is one standard deviation of a Gaussian.
+    assert maps[0, 300 + 100, 150] == pytest.approx(np.exp(-0.5), abs=2e-3)
+    assert maps[0, 300, 150 - 50] == pytest.approx(np.exp(-0.5), abs=4e-3)
+    assert maps[0, 300 - 200, 150] == pytest.approx(np.exp(-2), abs=2e-3)
+
+
+def example(*boxes):
+    """A picture of 4 x 4 pixels with a box (rows, columns) an object."""
+    masks = np.zeros((len(boxes), 4, 4), bool)
+    for mask, (rows, columns) in zip(masks, boxes, strict=True):
+        mask[rows, columns] = True
+    return Example(torch.zeros(1, 3, 4, 4), ["cat", "coin"], masks)
+
+
+def test_score_table_worked_out_by_hand():
+    left, right, middle, top = (slice(None), slice(0, 2)), (slice(None), slice(2, 4)), (slice(1, 3),) * 2, (0, slice(4))
+    examples = [example(left, right), example(middle, top)]
+    maps = np.zeros((2, 2, 4, 4), np.float32)
+    maps[0, 0, 1, 0] = 1  # on its object, all of it
+    maps[0, 1, 2, 1] = 0.5  # on the other object, all of it
+    maps[1, 0, 1, 1], maps[1, 0, 3, 3] = 0.6, 0.4  # on its object by 0.6, beside both by 0.4
+    # maps[1, 1] is zero everywhere
+    asked = []
+
+    def method(pixel_values, categories):
+        asked.append((tuple(pixel_values.shape), categories))
+        return maps[len(asked) - 1]
+
+    table = score_table({"mine": method}, examples)
+    assert asked == [((1, 3, 4, 4), ["cat", "coin"])] * 2
+    assert list(table.index) == ["mine", "centre dot", "random map"]
+    assert (table["maps"] == 4).all()
+    assert table.loc["mine", "pointing"] == pytest.approx(2 / 4)
+    assert table.loc["mine", "energy"] == pytest.approx((1 + 0 + 0.6 + 0) / 4)
+    assert table.loc["mine", "on the other"] == pytest.approx(1 / 4)
+    # The dot's maximum is the four pixels in the middle: half of them on the left and half on the right are no hit,
+    # all of them are on the object in the middle and on the other object of the one at the top.
+    assert table.loc["centre dot", "pointing"] == pytest.approx(1 / 4)
+    assert table.loc["centre dot", "on the other"] == pytest.approx(1 / 4)
+
+
+def test_scores_of_the_baselines_do_not_depend_on_the_methods_beside_them():
+    examples = [example((slice(0, 2), slice(4)), (slice(2, 4), slice(4)))] * 5
+    alone = score_table({}, examples)
+    beside = score_table({"ones": lambda pixel_values, categories: np.ones((2, 4, 4))}, examples)
+    np.testing.assert_array_equal(alone, beside.loc[["centre dot", "random map"]])

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
+
+from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen, layer_path
+
+SCORES = torch.tensor([10.0, 20.0, 30.0])
+
+
+def tiny_resnet(names=("cat", "tabby cat", "rocket"), model_class=ResNetForImageClassification):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], id2label=dict(enumerate(names)))
+    return model_class(config).eval()
+
+
+def test_logits_come_as_a_tensor():
+    model, pixel_values = tiny_resnet(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(LogitsModel(model)(pixel_values), model(pixel_values).logits)
+    assert LogitsModel(model).config is model.config
+
+
+def test_tensors_and_wrapped_models_pass_through():
+    model, pixel_values = torch.nn.Flatten(), torch.randn(1, 3, 2, 2)
+    assert torch.equal(LogitsModel(LogitsModel(model))(pixel_values), pixel_values.flatten(1))
+    assert LogitsModel(model).config is None
+
+
+def test_options_reach_the_model():
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32,
+                       patch_size=16)
+    model, wide = ViTForImageClassification(config).eval(), torch.randn(1, 3, 32, 64)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        LogitsModel(model)(wide)
+    assert LogitsModel(model, interpolate_pos_encoding=True)(wide).shape == (1, 2)
+
+
+def test_a_model_without_head_says_so():
+    with pytest.raises(ValueError, match="ResNetModel returned .*neither a tensor nor an object with `logits`"):
+        LogitsModel(tiny_resnet(model_class=ResNetModel))(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("categories", "picked"),
+    [
+        ("rocket", [30]),
+        (1, [20]),
+        (np.int64(1), [20]),
+        (["tabby cat", 0, lambda scores: scores.sum()], [20, 10, 60]),
+        (torch.tensor([2, 0]), [30, 10]),
+        (torch.tensor(2), [30]),
+        (SCORES.topk(2).indices, [30, 20]),
+        (np.array([1]), [20]),
+    ],
+)
+def test_categories_pick_their_scores(categories, picked):
+    assert [float(target(SCORES)) for target in category_targets(tiny_resnet(), categories)] == picked
+
+
+@pytest.mark.parametrize(
+    ("names", "categories", "message"),
+    [
+        (("cat", "tabby cat", "rocket"), "Tabby", "no category 'Tabby'; the closest are: 'tabby cat'"),
+        (("cat", "tabby cat", "rocket"), ["cat", "rokcet"], "no category 'rokcet'; the closest are: 'rocket'"),
+        (("cat", "tabby cat", "rocket"), "zzz", "'cat', 'tabby cat', 'rocket'"),
+        (("crane", "cat", "crane"), "crane", r"several categories are named 'crane'.*\[0, 2\]"),
+        (("cat", "rocket"), [], "no category"),
+        (("cat", "rocket"), [1.5], "not float"),
+    ],
+)
+def test_unknown_categories_name_the_known(names, categories, message):
+    with pytest.raises(ValueError, match=message):
+        category_targets(tiny_resnet(names), categories)
+
+
+def test_a_name_needs_a_config():
+    with pytest.raises(ValueError, match="no config.id2label.*give the index"):
+        category_targets(torch.nn.Flatten(), "cat")
+
+
+@pytest.mark.parametrize("index", [3, -1])
+def test_an_index_beyond_the_scores_is_refused(index):
+    (target,) = category_targets(torch.nn.Flatten(), index)
+    with pytest.raises(ValueError, match=f"category {index} is out of range: the model's scores are 0 to 2"):
+        target(SCORES)
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "message"),
+    [
+        (np.zeros((1, 3, 8, 8), np.float32), "is a ndarray.*processor"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, "is a dict.*pixel_values"),
+        (torch.zeros(3, 8, 8), r"\(3, 8, 8\).*unsqueeze\(0\)"),
+        (torch.zeros(2, 3, 8, 8), r"one image at a time: pixel_values\[i : i \+ 1\]"),
+        (torch.zeros(1, 8, 8, 3), r"permute\(0, 3, 1, 2\)"),
+        (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\).*processor"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8.*normalise"),
+    ],
+)
+def test_pictures_of_another_kind_say_what_to_do(pixel_values, message):
+    with pytest.raises(ValueError, match=message):
+        check_picture(pixel_values)
+
+
+def test_pictures_pass():
+    check_picture(torch.zeros(1, 3, 8, 9))
+    check_picture(torch.zeros(1, 1, 8, 9))
+
+
+def test_a_layer_knows_its_path():
+    model = tiny_resnet()
+    assert layer_path(model, model.resnet.encoder.stages[1]) == "resnet.encoder.stages.1"
+    with pytest.raises(ValueError, match="Conv2d is not part of this ResNetForImageClassification"):
+        layer_path(model, torch.nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="is a module such as .* not 'classifier'"):
+        layer_path(model, "classifier")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_frozen_gives_everything_back(fails):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model[1].eval()
+    model[1].bias.requires_grad_(False)
+    model(torch.ones(1, 2)).sum().backward()
+    gradient = model[0].weight.grad
+    try:
+        with torch.inference_mode(), frozen(model):
+            assert not model.training and not model[2].training
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            model.zero_grad()
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert [module.training for module in model] == [True, False, True]
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
+    assert model[0].weight.grad is gradient

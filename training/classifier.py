@@ -1,0 +1,225 @@
+"""Train a bundled classifier on scenes: `python -m training.classifier resnet`, then the same with `vit`.
+
+Writes xai_helpers/bundled/<name>/ in the hub's folder format with a model card. A run that was stopped goes on from its
+last epoch (training/runs/<name>/). It uses a GPU where there is one.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig, ViTImageProcessor
+
+from training.report import MEAN, SIDE, STD, normalised, report, score
+from xai_helpers.scenes import labels, make_scene
+
+ROOT = Path(__file__).parent
+RUNS = ROOT / "runs"
+BUNDLED = ROOT.parent / "xai_helpers" / "bundled"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Recipe:
+    """How a family is trained. `teacher`: the bundled checkpoint whose outputs for a scene are half of the target."""
+
+    config: object
+    epochs: int
+    rate: float
+    decay: float
+    what: str
+    teacher: str | None = None
+
+
+def recipes():
+    """The described families by name."""
+    common = {
+        "id2label": dict(enumerate(labels())),
+        "label2id": {c: i for i, c in enumerate(labels())},
+        "problem_type": "multi_label_classification",
+    }
+    return {
+        "resnet": Recipe(
+            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", **common),
+            epochs=3,
+            rate=2e-3,
+            decay=0.02,
+            what="ResNet with 3 stages of 2 basic blocks, stride 16",
+        ),
+        "vit": Recipe(
+            ViTConfig(
+                hidden_size=128,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                intermediate_size=256,
+                image_size=SIDE,
+                patch_size=16,
+                **common,
+            ),
+            epochs=16,
+            rate=1.5e-3,
+            decay=0.05,
+            teacher="resnet",
+            what="ViT with 6 blocks of width 128 and 4 heads, patches of 16 x 16 pixels",
+        ),
+    }
+
+
+class Scenes:
+    """The training scenes, made once into files that every run reads."""
+
+    def __init__(self, n):
+        self.n = n
+        self.pictures, self.targets, self.done = (
+            self._file(name, shape, kind)
+            for name, shape, kind in (
+                ("pictures", (n, SIDE, SIDE, 3), np.uint8),
+                ("targets", (n, len(labels())), np.uint8),
+                ("done", (n,), np.uint8),
+            )
+        )
+
+    def _file(self, name, shape, kind):
+        path = RUNS / f"scenes-{self.n}-{name}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return np.memmap(path, kind, mode="r+" if path.exists() else "w+", shape=shape)
+
+    def make(self, workers=2):
+        """Make the scenes that are missing."""
+        missing = np.flatnonzero(self.done == 0)
+        if len(missing):
+            with torch.multiprocessing.get_context("fork").Pool(workers) as pool:
+                for i, picture, target in tqdm(
+                    pool.imap_unordered(training_scene, missing.tolist(), chunksize=64),
+                    total=len(missing),
+                    desc="scenes",
+                    mininterval=5,
+                ):
+                    self.pictures[i], self.targets[i], self.done[i] = picture, target, 1
+        return self
+
+    def batches(self, size, rng, shift=8):
+        """One epoch: normalised pictures, flipped and shifted at random, and their targets."""
+        order = rng.permutation(self.n)
+        for start in range(0, self.n - size + 1, size):
+            rows = np.sort(order[start : start + size])
+            pictures = np.pad(self.pictures[rows], ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
+            windows = rng.integers(0, 2 * shift + 1, (size, 2))
+            pictures = np.stack([p[y : y + SIDE, x : x + SIDE] for p, (y, x) in zip(pictures, windows, strict=True)])
+            flip = rng.random(size) < 0.5
+            pictures[flip] = pictures[flip, :, ::-1]
+            yield normalised(pictures, DEVICE), torch.from_numpy(self.targets[rows].astype(np.float32)).to(DEVICE)
+
+
+def training_scene(i):
+    """Scene number i of the training split: its pixels and its target vector."""
+    cv2.setNumThreads(1)
+    objects = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3][i % 20]
+    scene = make_scene(i, objects, SIDE, distractors=1 + i // 20 % 3 if objects == 0 else None, split="train")
+    target = np.isin(labels(), scene.categories)
+    return i, np.asarray(scene.image), target
+
+
+def taught(teacher, scenes, batch=100):
+    """The teacher's probabilities for each training scene: float32 (n, n_categories)."""
+    model = AutoModelForImageClassification.from_pretrained(BUNDLED / teacher, dtype=torch.float32).to(DEVICE).eval()
+    with torch.no_grad():
+        starts = tqdm(range(0, scenes.n, batch), desc=f"asking the {teacher}", mininterval=10)
+        return np.concatenate(
+            [
+                model(pixel_values=normalised(scenes.pictures[i : i + batch], DEVICE)).logits.sigmoid().cpu()
+                for i in starts
+            ]
+        )
+
+
+def train(name, n_scenes, epochs=None, seed=0, batch=64):
+    """Train, resuming where a run was stopped. Returns the model and the seconds that training took."""
+    recipe, state_file = recipes()[name], RUNS / name / "state.pt"
+    epochs = epochs or recipe.epochs
+    state_file.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = AutoModelForImageClassification.from_config(recipe.config).to(DEVICE, memory_format=torch.channels_last)
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}], lr=recipe.rate
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, epochs * (n_scenes // batch), pct_start=0.1)
+    first, seconds = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        for key, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
+            part.load_state_dict(state[key])
+        first, seconds = state["epoch"], state["seconds"]
+    if first < epochs:
+        scenes = Scenes(n_scenes).make()
+        if recipe.teacher:
+            scenes.targets = (scenes.targets + taught(recipe.teacher, scenes)) / 2
+    for epoch in range(first, epochs):
+        start, rng, losses = time.perf_counter(), np.random.default_rng([seed, epoch]), []
+        model.train()
+        for pictures, targets in tqdm(
+            scenes.batches(batch, rng), total=n_scenes // batch, desc=f"epoch {epoch + 1}/{epochs}", mininterval=10
+        ):
+            loss = F.binary_cross_entropy_with_logits(model(pixel_values=pictures).logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        if not math.isfinite(sum(losses)):
+            raise RuntimeError(f"The loss became {losses[-1]} in epoch {epoch + 1}: lower the rate.")
+        seconds += time.perf_counter() - start
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "epoch": epoch + 1,
+                "seconds": seconds,
+            },
+            state_file,
+        )
+        quick = score(model, "validation", n=300)
+        print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, {seconds:.0f} s, {quick}", flush=True)
+    return model, seconds
+
+
+def save(model, folder):
+    """Write the checkpoint in the hub's format: fp16 safetensors, config, processor."""
+    model.half().save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    ViTImageProcessor(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=recipes())
+    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    arguments = parser.parse_args()
+    recipe, folder = recipes()[arguments.name], BUNDLED / arguments.name
+    model, seconds = train(arguments.name, arguments.scenes, arguments.epochs)
+    save(model, folder)
+    teacher = f", half of the loss against the outputs of the bundled {recipe.teacher}" if recipe.teacher else ""
+    how = (
+        f"{arguments.scenes} training scenes of {SIDE} x {SIDE} pixels, {arguments.epochs or recipe.epochs} epochs, "
+        f"flips and shifts of up to 8 pixels; binary cross-entropy, several labels a picture{teacher}; "
+        f"AdamW, rate {recipe.rate:g}, one cycle, weight decay {recipe.decay:g} on matrices, batch 64, seed 0."
+    )
+    report(folder, recipe.what, how, seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Maps of models that attend, read from the attention weights of all their blocks."""
+
+import contextlib
+
+import numpy as np
+import torch
+from pytorch_grad_cam.utils.image import scale_cam_image
+from transformers import PreTrainedConfig
+
+from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen
+
+
+def relevance(model, pixel_values, categories):
+    """Shows what in an image speaks for each category, from the attentions and their gradients.
+
+    Gradient-weighted attention relevance (Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021,
+    the case of self-attention). R starts as the identity; each block, first to last, adds what it attends to with
+    a positive effect on the score: R <- R + mean over heads of max(attention * its gradient, 0) @ R. The map is
+    the row of the token that the head reads: the CLS row (the mean of the rows, for several such tokens); for a
+    mean-pooled head, the mean of the patches' rows. Which of the two is seen from the gradient: only the rows that
+    the head reads have one in the last block. One forward pass, and one backward pass a category. The model is
+    explained in eval mode with eager attention, and left as it was.
+
+    Args:
+        model: a ViT-like transformers model, or a module around one that maps images to a score tensor.
+        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
+
+    Returns:
+        A float32 array (n_categories, height, width) in [0, 1], at the size of pixel_values.
+
+    Raises:
+        ValueError: no attention between all patches can be read (a CNN, windowed or pooled attention); an unknown
+            category; a category that no attention has an effect on; pixel_values of another shape.
+    """
+    check_picture(pixel_values)
+    targets = category_targets(model, categories)
+    scorer = LogitsModel(model)
+    with frozen(scorer), _eager(scorer):
+        scores, attentions, grid = _attend(scorer, pixel_values)
+        maps = []
+        for target in targets:
+            gradients = _gradients(target(scores[0]), attentions)
+            R = torch.eye(attentions[0].shape[-1], device=scores.device)
+            for attention, gradient in zip(attentions, gradients, strict=True):
+                R = R + (attention * gradient).clamp(min=0).mean(dim=1)[0].detach().float() @ R
+            maps.append(_read(R, gradients[-1], grid))
+    return _at_image_size(maps, pixel_values)
+
+
+def rollout(model, pixel_values):
+    """Shows where a model looks, whatever the category (attention rollout: Abnar and Zuidema, ACL 2020).
+
+    The product over the blocks of the attentions, averaged over heads and mixed half and half with the identity for
+    the residual connection. It is read as in `relevance`; arguments and errors are the same.
+
+    Returns:
+        A float32 array (1, height, width) in [0, 1].
+    """
+    check_picture(pixel_values)
+    scorer = LogitsModel(model)
+    with frozen(scorer), _eager(scorer):
+        scores, attentions, grid = _attend(scorer, pixel_values)
+        gradients = _gradients(scores.sum(), attentions)
+        R = identity = torch.eye(attentions[0].shape[-1], device=scores.device)
+        for attention in attentions:
+            R = (attention.mean(dim=1)[0].detach().float() + identity) / 2 @ R
+        maps = [_read(R, gradients[-1], grid)]
+    return _at_image_size(maps, pixel_values)
+
+
+@contextlib.contextmanager
+def _eager(model):
+    """Eager attention, the only one that returns its weights; at the end each part has its own again."""
+    # The attentions look into these configs. model.set_attn_implementation does the same to them, but warns about parts
+    # that a config describes and the model lacks.
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _attend(scorer, pixel_values):
+    """Runs the image once.
+
+    Returns:
+        The scores; the attention weights of each block, (1, heads, tokens, tokens); the grid (rows, columns) of
+        the patches, which is that of the last convolution before the first attention.
+    """
+    attentions, grids = [], []
+
+    def watch(module, inputs, output):
+        if isinstance(module, torch.nn.Conv2d) and not attentions:
+            grids.append(tuple(output.shape[2:]))
+        if isinstance(output, tuple) and len(output) > 1 and getattr(output[1], "ndim", 0) == 4:
+            if not any(output[1] is known for known in attentions):
+                attentions.append(output[1])
+
+    handles = [module.register_forward_hook(watch) for module in scorer.modules()]
+    try:
+        device = next(scorer.parameters()).device
+        scores = scorer(pixel_values.detach().to(device, copy=True).requires_grad_())
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    name = type(scorer.model).__name__
+    advice = "use explain, which needs a target layer in the place of attentions"
+    if not attentions or not grids:
+        raise ValueError(f"{name} returns no attention weights; {advice}")
+    grid = grids[-1]
+    tokens = attentions[0].shape[-1]
+    shapes = [tuple(attention.shape) for attention in attentions]
+    if tokens < grid[0] * grid[1] or any((s[0], *s[2:]) != (1, tokens, tokens) for s in shapes):
+        raise ValueError(
+            f"the attentions of {name} have the shapes {sorted(set(shapes))}, wanted (1, heads, tokens, tokens) with "
+            f"{grid[0]} x {grid[1]} patches among the tokens: windowed or pooled attention cannot be followed; {advice}"
+        )
+    return scores, attentions, grid
+
+
+def _gradients(score, attentions):
+    """The gradient of a score with respect to each attention, zero where it has no effect."""
+    gradients = torch.autograd.grad(score, attentions, retain_graph=True, allow_unused=True, materialize_grads=True)
+    if not gradients[-1].any():
+        raise ValueError("the score does not depend on the attention of the last block")
+    return gradients
+
+
+def _read(R, last_gradient, grid):
+    """The patches' relevance (rows, columns) for the tokens that the head reads."""
+    prefix = len(R) - grid[0] * grid[1]
+    has_gradient = last_gradient[0].any(dim=-1).any(dim=0)
+    reads_prefix = has_gradient[:prefix]
+    rows = R[:prefix][reads_prefix] if reads_prefix.any() else R[prefix:]
+    return rows[:, prefix:].mean(dim=0).reshape(grid).cpu().numpy()
+
+
+def _at_image_size(maps, pixel_values):
+    height, width = pixel_values.shape[2:]
+    return scale_cam_image(scale_cam_image(np.stack(maps), (width, height)))  # normalised again once resized

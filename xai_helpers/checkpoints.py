@@ -1,0 +1,148 @@
+"""A name -> model and processor, from the bundled weights or from the hub; and pictures that go with them."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from xai_helpers.pictures import read_picture
+from xai_helpers.scenes import Scene, as_seen, labels, make_scene
+from xai_helpers.scoring import Example
+
+BUNDLED = Path(__file__).parent / "bundled"
+
+#: name -> the published checkpoint of the same family
+HUB = {
+    "resnet": "microsoft/resnet-50",
+    "vit": "google/vit-large-patch32-384",
+}
+
+#: Category of the scenes -> what ImageNet's label set calls it. It has no coin, astronaut or pagoda.
+IMAGENET_NAMES = {
+    "cat": "Egyptian cat",
+    "coffee cup": "espresso",
+    "flower": "daisy",
+    "motorcycle": "moped",
+    "rocket": "space shuttle",
+}
+
+HUB_PICTURE = "huggingface/cats-image"
+#: Left, top, right, bottom in pixels of that 640 x 480 picture: detections in the card of facebook/detr-resnet-50.
+HUB_BOXES = {
+    "Egyptian cat": [(13, 52, 314, 471), (345, 24, 640, 369)],
+    "remote control, remote": [(40, 71, 176, 118), (333, 73, 368, 188)],
+}
+
+
+def chosen_weights(weights=None):
+    """Which weights a call uses: `weights`, else the environment's XAI_WEIGHTS, else "bundled"."""
+    return weights or os.environ.get("XAI_WEIGHTS") or "bundled"
+
+
+def load(name, weights=None, device=None):
+    """Load a model, in eval mode, and its processor.
+
+    Args:
+        name: "resnet" or "vit".
+        weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
+            "bundled".
+        device: where the model goes, as in `torch.device`. None leaves it on the CPU.
+
+    Returns:
+        (model, processor): a transformers model for image classification in float32, and its image processor.
+
+    Raises:
+        ValueError: an unknown name.
+        OSError: the checkpoint is not there and cannot be fetched.
+    """
+    if name not in HUB:
+        raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(HUB)}.")
+    weights = chosen_weights(weights)
+    source = {"bundled": BUNDLED / name, "hub": HUB[name]}.get(weights, weights)
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+        model = AutoModelForImageClassification.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True if weights == "bundled" else None
+        )
+    except OSError as error:
+        raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
+    return model.to(device).eval() if device else model.eval(), processor
+
+
+def example_scene(weights=None):
+    """A picture with two categories and their answers, for the weights that `load` would use.
+
+    Bundled: a test scene with a cat and a coffee cup. Hub: the picture huggingface/cats-image with the boxes of its
+    cats
+    and of its remote controls.
+
+    Returns:
+        A `Scene`: image, categories (as the models name them) and masks, bool (n_categories, height, width).
+
+    Raises:
+        OSError: the picture is not there and cannot be fetched.
+    """
+    if chosen_weights(weights) == "bundled":
+        return make_scene(seed=19, objects=["cat", "coffee cup"])
+    from datasets import load_dataset
+
+    try:
+        image = read_picture(load_dataset(HUB_PICTURE, split="test")[0]["image"])
+    except (OSError, ValueError) as error:  # offline, datasets raises either
+        raise OSError(_unreachable(f"The picture {HUB_PICTURE}", 'example_scene("bundled")')) from error
+    masks = np.zeros((len(HUB_BOXES), image.height, image.width), bool)
+    for mask, boxes in zip(masks, HUB_BOXES.values(), strict=True):
+        for left, top, right, bottom in boxes:
+            mask[top:bottom, left:right] = True
+    return Scene(image, list(HUB_BOXES), masks)
+
+
+def scene_categories(model):
+    """The categories of the scenes that a model knows: scene category -> the model's own name for it."""
+    known = set(model.config.id2label.values())
+    if set(labels()) <= known:
+        return {name: name for name in labels()}
+    return {name: wanted for name, wanted in IMAGENET_NAMES.items() if wanted in known}
+
+
+def examples(model, processor, n, split="test", objects=2, size=256):
+    """Scenes as a model gets them, with their answers: what `scoring.score_table` scores methods on.
+
+    Args:
+        model, processor: as `load` gives them. Only objects that the model has a category for are drawn.
+        n: how many. They are the scenes of `make_scene` with the seeds 0, 1, 2 and so on; one is left out if the
+            processor crops an object away.
+        split: "test" to score; "validation" to choose, a layer for example.
+        objects: how many objects a scene has.
+        size: at which resolution the scenes are made, in pixels.
+
+    Returns:
+        A list of `Example` objects.
+
+    Raises:
+        ValueError: the model knows fewer than `objects` of the scenes' categories.
+    """
+    names = scene_categories(model)
+    if len(names) < objects:
+        raise ValueError(
+            f"The model knows {len(names)} of the categories {', '.join(labels())}: too few for {objects} objects."
+        )
+    made = []
+    for seed in itertools.count():
+        if len(made) == n:
+            return made
+        scene = make_scene(seed, objects, size, split=split, among=list(names))
+        masks = as_seen(scene, processor).masks
+        if masks.any(axis=(1, 2)).all():
+            pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"].to(model.device)
+            made.append(Example(pixel_values, [names[c] for c in scene.categories], masks))
+
+
+def _unreachable(what, bundled):
+    return (
+        f"{what} is not on this machine and could not be fetched. Check the network (and that HF_HUB_OFFLINE is not "
+        f"set), or use what is bundled: {bundled}, or leave XAI_WEIGHTS unset."
+    )

@@ -1,0 +1,98 @@
+"""Deep Feature Factorization: what the parts of an image are to a model, without asking for a category."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import torch
+from pytorch_grad_cam.feature_factorization.deep_feature_factorization import dff
+from pytorch_grad_cam.utils.image import scale_cam_image
+from sklearn.exceptions import ConvergenceWarning
+
+from xai_helpers.reshape import ADVICE, layer_to_map
+from xai_helpers.wrappers import LogitsModel, check_picture, frozen, layer_path
+
+
+@dataclasses.dataclass
+class Concepts:
+    """Concepts of one image.
+
+    Attributes:
+        maps: where each concept is, float32 (n_concepts, height, width) in [0, 1] at the size of the image tensor.
+        vectors: the activation where each concept is strongest, float32 (n_concepts, channels).
+        scores: what the head makes of the vectors, float32 (n_concepts, n_classes); logits, if the head gives logits.
+    """
+
+    maps: np.ndarray
+    vectors: np.ndarray
+    scores: np.ndarray
+
+    def labels(self, id2label):
+        """What the head calls each concept: the best category, without its synonyms, and its score."""
+        best = self.scores.argmax(axis=1)
+        return [f"{id2label[int(i)].split(',')[0]} ({row[i]:.1f})" for i, row in zip(best, self.scores, strict=True)]
+
+
+def factorize(model, pixel_values, target_layer, concept_head, reshape_transform=None, n_concepts=4):
+    """Splits an image into concepts (Deep Feature Factorization: Collins, Achanta, Süsstrunk, ECCV 2018).
+
+    Non-negative matrix factorization of the activations: at each position they are a sum of concept vectors, weighted
+    by the concepts' maps. Activations may be negative (after a layer norm): the smallest value of each channel in the
+    image is taken off before and put back onto the vectors. A factorization leaves the scale of a vector open, so a
+    vector is scaled to its map's maximum: it is the activation that the concept alone makes where it is strongest.
+    The same input gives the same concepts. The model is left as it was.
+
+    Args:
+        model: a transformers classification model, or any module that maps images to a score tensor.
+        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        target_layer: the module whose output is factorized.
+        concept_head: callable that scores vectors, (n_concepts, channels) -> (n_concepts, n_classes): what the model
+            does after the target layer's average, so its classifier, with the norm before it where there is one.
+        reshape_transform: turns the layer's output into (batch, channels, height, width); None if it has that shape.
+        n_concepts: how many.
+
+    Returns:
+        Concepts.
+
+    Raises:
+        ValueError: a layer that is not in the model, is not reached or has no positions; a reshape transform or a
+            concept head that does not fit; pixel_values of another shape.
+    """
+    check_picture(pixel_values)
+    scorer = LogitsModel(model)
+    path = layer_path(model, target_layer)
+    activations = []
+
+    def watch(layer, inputs, output):
+        activations.append(layer_to_map(output, reshape_transform, path))
+
+    with frozen(scorer), torch.no_grad():
+        device = next(scorer.parameters()).device
+        handle = target_layer.register_forward_hook(watch)
+        try:
+            scorer(pixel_values.to(device))
+        finally:
+            handle.remove()
+        if not activations:
+            raise ValueError(f"target layer {path} is not reached in the forward pass; {ADVICE}")
+        features = activations[0].float().cpu().numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # dff stops after 200 iterations
+            factors, strengths = dff(features.copy(), n_components=n_concepts)
+        offset = features.min(axis=(0, 2, 3))
+        peaks = strengths[0].max(axis=(1, 2))
+        vectors = np.float32((factors - offset[:, None]) * peaks + offset[:, None]).T
+        scores = _head_scores(concept_head, torch.from_numpy(vectors).to(device))
+    height, width = pixel_values.shape[2:]
+    return Concepts(scale_cam_image(strengths[0], (width, height)), vectors, scores)
+
+
+def _head_scores(concept_head, vectors):
+    wanted = f"concept_head must map (n_concepts, channels) to (n_concepts, n_classes); for {tuple(vectors.shape)} it "
+    try:
+        scores = concept_head(vectors)
+    except Exception as error:
+        raise ValueError(f"{wanted}raised {type(error).__name__}: {error}") from error
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(vectors):
+        raise ValueError(f"{wanted}returned {tuple(getattr(scores, 'shape', ())) or type(scores).__name__}")
+    return scores.float().cpu().numpy()

@@ -1,0 +1,85 @@
+"""Any picture -> RGB, and the part of it that a processor shows to the model."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+RAMP_START, RAMP_SPAN = 10, 235  # of the colours by which `seen_box` marks coordinates
+
+
+def read_picture(source):
+    """Open a picture of any mode as RGB, upright.
+
+    Args:
+        source: a path, or a PIL image of any mode. Transparent pixels are put on white, 16-bit and floating-point
+            pictures are stretched from their lowest to their highest value, and an EXIF rotation is carried out.
+
+    Returns:
+        A PIL image of mode RGB.
+
+    Raises:
+        ValueError: `source` is neither, it cannot be read as a picture, or it has values that are not finite.
+    """
+    if isinstance(source, (str, Path)):
+        try:
+            image = Image.open(source)
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"{source} cannot be read as a picture: {error}. Save it as PNG or JPEG and try again."
+            ) from error
+        source = image
+    if not isinstance(source, Image.Image):
+        raise ValueError(
+            f"A picture is a path or a PIL image, not {type(source).__name__}. Make one with PIL.Image.fromarray."
+        )
+    image = ImageOps.exif_transpose(source)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("The picture has values that are not finite. Replace them, with numpy.nan_to_num say.")
+        spread = values.max() - values.min()
+        image = Image.fromarray(((values - values.min()) / (spread or 1) * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def seen_box(processor, size):
+    """The part of a picture that a processor shows to the model, in pixels of the picture.
+
+    The processor itself is asked: it is given a picture whose colours are its coordinates, and a line through what
+    comes out says where the edges lie. So every way to resize, squash or crop is covered.
+
+    Args:
+        processor: an image processor of transformers, or a processor that has one.
+        size: width and height of the picture.
+
+    Returns:
+        left, top, right, bottom as floats. They lie outside the picture where the processor pads it.
+    """
+    processor = getattr(processor, "image_processor", processor)
+    width, height = size
+    ramp = np.full((height, width, 3), 255.0)  # the third channel tells picture from padding, which is 0
+    ramp[..., 0] = RAMP_START + RAMP_SPAN * (np.arange(width) + 0.5) / width
+    ramp[..., 1] = RAMP_START + RAMP_SPAN * (np.arange(height)[:, None] + 0.5) / height
+    # Noise under the ramp, so that rounding to 8 bits averages out instead of adding up. It has a mean of zero along
+    # the axis that is averaged over.
+    noise = np.random.default_rng(0).uniform(-RAMP_START / 2, RAMP_START / 2, (height, width, 2))
+    ramp[..., 0] += noise[..., 0] - noise[::-1, :, 0]
+    ramp[..., 1] += noise[..., 1] - noise[:, ::-1, 1]
+    picture = Image.fromarray(ramp.round().astype(np.uint8))
+    out = processor(picture, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    out = np.asarray(out, np.float64)
+    inside = out[2] > 254
+    edges = []
+    for channel, length, axis in ((0, width, 0), (1, height, 1)):
+        valid = np.flatnonzero(inside.any(axis=axis))[2:-2]  # resampling bends the ramp at its ends
+        values = np.where(inside, out[channel], np.nan)
+        means = np.nanmean(values[:, valid] if channel == 0 else values[valid], axis=axis)
+        slope, offset = np.polyfit(valid + 0.5, (means - RAMP_START) / RAMP_SPAN * length, 1)
+        edges.append((float(offset), float(offset + slope * out.shape[2 - channel])))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom

@@ -1,0 +1,160 @@
+"""Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], transparent to dark red."""
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
+
+from xai_helpers.pictures import read_picture
+from xai_helpers.scoring import energy_inside, hits
+
+GREY = 0.55  # the grey under the colour bar, that of a middling picture
+OPACITY = np.linspace(0, 0.85, 256) ** 0.7
+HEAT = plt.get_cmap("YlOrRd")(np.linspace(0.15, 1, 256))[:, :3]
+HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None]) * GREY)
+CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
+
+
+def overlay(image, heat):
+    """Lay a map over a grey version of the image: the higher the value, the redder and the less transparent.
+
+    Args:
+        image: a picture, any mode.
+        heat: (height, width) in [0, 1], of any resolution; it is stretched to the picture.
+
+    Returns:
+        uint8 (height, width, 3) at the picture's resolution.
+
+    Raises:
+        ValueError: `heat` is not a single map in [0, 1].
+    """
+    heat = np.asarray(heat, np.float32)
+    if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
+        raise ValueError(
+            f"A map is wanted as (height, width) in [0, 1], not {heat.shape} in [{heat.min():.3g}, {heat.max():.3g}]."
+        )
+    image = read_picture(image)
+    index = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR) * 255, 0, 255).round().astype(int)
+    opacity = OPACITY[index][..., None]
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    return ((opacity * HEAT[index] + (1 - opacity) * grey) * 255).round().astype(np.uint8)
+
+
+def show_maps(image, maps, titles, answers=None):
+    """Show the image and each map over it, all on one scale. With answers, their outlines and the scores are drawn too.
+
+    Args:
+        image: the picture that the model saw (see `scenes.as_seen`), at any resolution.
+        maps: (n, height, width) in [0, 1].
+        titles: one a map.
+        answers: bool masks (n, height, width), one a map: drawn as outlines, and the title says whether the map's
+            maximum lies inside
+            ("hit" or "miss") and which share of the map does ("inside").
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: the numbers of maps, titles and answers differ.
+    """
+    maps, titles = np.asarray(maps), [titles] if isinstance(titles, str) else list(titles)
+    if len(maps) != len(titles) or (answers is not None and len(answers) != len(maps)):
+        raise ValueError(
+            f"{len(maps)} maps need as many titles and answers, "
+            f"not {len(titles)} and {'none' if answers is None else len(answers)}."
+        )
+    image = read_picture(image)
+    columns = min(len(maps) + 1, 4)
+    rows = -(-(len(maps) + 1) // columns)
+    height = 2.7 * image.height / image.width
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns + 0.6, (height + 0.55) * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    axes.flat[0].imshow(image)
+    axes.flat[0].set_title("what the model saw")
+    for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
+        ax.imshow(overlay(image, heat))
+        peak = np.unravel_index(heat.argmax(), heat.shape)
+        scale = np.array([image.height, image.width]) / heat.shape
+        if answers is not None:
+            outline(ax, answers[i], image)
+            hit, inside = hits(heat[None], answers[i][None])[0], energy_inside(heat[None], answers[i][None])[0]
+            title = f"{title}\n{'hit' if hit else 'miss'}, {inside:.0%} inside"
+        if heat.max() > 0:
+            ax.plot(
+                *(np.array(peak) + 0.5)[::-1] * scale[::-1] - 0.5,
+                "+",
+                color="black",
+                markersize=11,
+                markeredgewidth=1.8,
+            )
+        ax.set_title(title)
+    bar = figure.colorbar(ScalarMappable(cmap=HEAT_OVER_GREY), ax=axes, shrink=0.8, aspect=30, pad=0.02)
+    bar.set_label("share of the maximum")
+    return figure
+
+
+def outline(ax, answer, image):
+    """Draw the outline of a mask on an axis that shows the image: white, with a dark edge to be seen on any ground."""
+    for width, colour in ((3.2, "black"), (1.6, "white")):
+        mask = np.pad(answer, 1).astype(np.float32)
+        scale = np.array([image.width / answer.shape[1], image.height / answer.shape[0]])
+        x, y = (
+            (np.arange(-1, length + 1) + 0.5) * s - 0.5 for length, s in zip(answer.shape[::-1], scale, strict=True)
+        )
+        ax.contour(x, y, mask, levels=[0.5], colors=colour, linewidths=width)
+    ax.set(xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
+
+
+def show_concepts(image, concepts, labels):
+    """Show each concept of `factorize` over the image in a colour of its own, and all of them together with a legend.
+
+    A pixel of the joint picture has the colour of the concept that is strongest there, the stronger the more opaque.
+
+    Args:
+        image: the picture that the model saw, at any resolution.
+        concepts: what `factorize` returned: its `maps` are (n_concepts, height, width) in [0, 1].
+        labels: one a concept.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: the numbers of concepts and labels differ, or there are more than 8 concepts.
+    """
+    n = len(concepts.maps)
+    if n != len(labels) or n > len(CONCEPT_COLOURS):
+        raise ValueError(
+            f"{n} concepts need as many labels, not {len(labels)}; at most {len(CONCEPT_COLOURS)} can be told apart."
+        )
+    image = read_picture(image)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    maps = np.stack([cv2.resize(m, image.size, interpolation=cv2.INTER_LINEAR) for m in concepts.maps])
+    strongest = maps.argmax(axis=0)
+    joint = _tint(grey, maps.max(axis=0), CONCEPT_COLOURS[strongest])
+    pictures = [np.asarray(image), joint] + [_tint(grey, m, CONCEPT_COLOURS[i]) for i, m in enumerate(maps)]
+    columns = min(len(pictures), 3)
+    rows = -(-len(pictures) // columns)
+    height = 2.9 * image.height / image.width
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, (height + 0.5) * rows), layout="constrained", squeeze=False
+    )
+    titles = ["what the model saw", "strongest concept"] + [
+        f"concept {i + 1}: {label}" for i, label in enumerate(labels)
+    ]
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
+        ax.imshow(picture)
+        ax.set_title(title)
+    handles = [plt.Line2D([], [], marker="s", linestyle="", markersize=11, color=CONCEPT_COLOURS[i]) for i in range(n)]
+    figure.legend(handles, titles[2:], loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _tint(grey, strength, colour):
+    strength = 0.85 * np.clip(strength, 0, 1)[..., None]
+    return strength * colour + (1 - strength) * grey

@@ -1,0 +1,85 @@
+"""Activations of any layout -> maps (batch, channels, height, width): the reshape transforms of grad-cam."""
+
+import torch
+
+ADVICE = "find_target_layers(model, pixel_values) lists the layers that work, with their reshape transforms"
+
+
+def tokens_to_map(tokens, grid, prefix=1):
+    """Lays the patch tokens of a transformer out as the grid they were cut from.
+
+    As a reshape transform: `functools.partial(tokens_to_map, grid=(14, 14))`.
+
+    Args:
+        tokens: tensor (batch, prefix + rows * columns, channels), the patches row by row.
+        grid: (rows, columns) of patches, that is image height and width divided by the patch size.
+        prefix: how many tokens stand before the patches: 1 for a CLS token, 0 for none, 5 for CLS and 4 registers.
+
+    Returns:
+        A contiguous tensor (batch, channels, rows, columns).
+
+    Raises:
+        ValueError: the tensor has another number of dimensions or tokens.
+    """
+    rows, columns = grid
+    wanted = prefix + rows * columns
+    if tokens.ndim != 3 or tokens.shape[1] != wanted:
+        raise ValueError(
+            f"tokens_to_map got shape {tuple(tokens.shape)}, wanted (batch, {wanted}, channels): "
+            f"{prefix} prefix tokens and a grid of {rows} x {columns} patches"
+        )
+    patches = tokens[:, prefix:].transpose(1, 2)
+    return patches.reshape(*patches.shape[:2], rows, columns).contiguous()
+
+
+def channels_last_to_map(x):
+    """Moves the channels of (batch, height, width, channels), as Swin has them, to the front.
+
+    As a reshape transform it needs no arguments.
+
+    Returns:
+        A contiguous tensor (batch, channels, height, width).
+
+    Raises:
+        ValueError: the tensor has not four dimensions.
+    """
+    if x.ndim != 4:
+        raise ValueError(
+            f"channels_last_to_map got shape {tuple(x.shape)}, wanted (batch, height, width, channels): "
+            "tokens go through tokens_to_map"
+        )
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def layer_to_map(output, reshape_transform, path):
+    """A target layer's output as maps, or an error that says why it cannot be one.
+
+    Args:
+        output: what the layer returned.
+        reshape_transform: callable to (batch, channels, height, width), or None if the layer returns that already.
+        path: the layer's name, for the error.
+
+    Returns:
+        A tensor (batch, channels, height, width) with more than one position.
+
+    Raises:
+        ValueError: the output is no tensor, has no positions, or the reshape transform does not fit.
+    """
+    if not isinstance(output, torch.Tensor):
+        raise ValueError(f"target layer {path} returns a {type(output).__name__}, not a tensor; {ADVICE}")
+    maps = output
+    if reshape_transform is not None:
+        try:
+            maps = reshape_transform(output)
+        except Exception as error:
+            raise ValueError(
+                f"the reshape transform does not fit target layer {path}, which returns shape {tuple(output.shape)}: "
+                f"{error}; {ADVICE}"
+            ) from error
+    if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:
+        after = "" if reshape_transform is None else f" and, reshaped, {tuple(maps.shape)}"
+        raise ValueError(
+            f"target layer {path} returns shape {tuple(output.shape)}{after}, wanted (batch, channels, height, width) "
+            f"with more than one position; {ADVICE}"
+        )
+    return maps

@@ -1,0 +1,148 @@
+"""How well a map hits a known answer, and the baselines that every score stands beside."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+
+
+@dataclass
+class Example:
+    """A picture as a model gets it, with known answers.
+
+    Attributes:
+        pixel_values: float tensor (1, 3, height, width).
+        categories: the model's names for the objects in it.
+        masks: bool (n_categories, height, width), one a category, of the part that the model sees.
+    """
+
+    pixel_values: torch.Tensor
+    categories: list[str]
+    masks: np.ndarray
+
+
+def resize_masks(masks, height, width):
+    """Masks, bool (n, height, width), brought to another size: a pixel is inside where at least half of it was."""
+    masks = np.asarray(masks, bool)
+    if masks.shape[1:] == (height, width):
+        return masks
+    return np.array(
+        [cv2.resize(m.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) >= 0.5 for m in masks], bool
+    ).reshape(-1, height, width)
+
+
+def _pair(maps, masks):
+    maps, masks = np.asarray(maps, np.float64), np.asarray(masks)
+    if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
+        raise ValueError(
+            f"maps of shape {maps.shape} and masks of shape {masks.shape} do not pair up: both are wanted as "
+            "(n_categories, height, width), one mask a map."
+        )
+    if not np.isfinite(maps).all() or (maps < 0).any():
+        raise ValueError("maps have to be finite and not negative; explain() and relevance() give such maps.")
+    return maps, resize_masks(masks, *maps.shape[1:])
+
+
+def hits(maps, masks):
+    """The pointing game (Zhang et al., IJCV 2018), without a tolerance: does the maximum lie on the object?
+
+    Args:
+        maps: (n_categories, height, width), not negative.
+        masks: bool, (n_categories, height, width) at any resolution of the same picture.
+
+    Returns:
+        bool, (n_categories,). A map that is zero everywhere is a miss. Where the maximum is reached at several
+        pixels, most of them must
+        lie on the object.
+
+    Raises:
+        ValueError: the shapes do not pair up, or a map has negative or non-finite values.
+    """
+    maps, masks = _pair(maps, masks)
+    peaks = [m == m.max() for m in maps]
+    return np.array(
+        [m.max() > 0 and inside[peak].mean() > 0.5 for m, inside, peak in zip(maps, masks, peaks, strict=True)], bool
+    )
+
+
+def energy_inside(maps, masks):
+    """The share of a map inside the mask: the energy-based pointing game (Wang et al., Score-CAM, CVPRW 2020).
+
+    Args and errors are those of `hits`.
+
+    Returns:
+        float, (n_categories,), in [0, 1]; 0 for a map that is zero everywhere.
+    """
+    maps, masks = _pair(maps, masks)
+    total = maps.sum(axis=(1, 2))
+    return (maps * masks).sum(axis=(1, 2)) / np.where(total > 0, total, 1)
+
+
+def strongest_inside(maps, masks):
+    """Which map rules inside which mask: the share of each mask's pixels in which each map is the strongest of all.
+
+    Args:
+        maps: (n_maps, height, width), such as the maps of concepts.
+        masks: bool, (n_masks, height, width) at any resolution of the same picture.
+
+    Returns:
+        float, (n_maps, n_masks), in [0, 1]; each column adds up to 1, or is NaN where a mask is empty.
+    """
+    strongest = np.asarray(maps).argmax(axis=0)
+    masks = resize_masks(masks, *strongest.shape)
+    counts = np.array([[np.sum(strongest[mask] == k) for mask in masks] for k in range(len(maps))], float)
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(axis=0)
+
+
+def random_maps(n, height, width, seed=0):
+    """A baseline: random maps, noise on a 7 x 7 grid resized like a class activation map, float32 in [0, 1]."""
+    grids = np.random.default_rng(seed).random((n, 7, 7), np.float32)
+    maps = np.array([cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR) for grid in grids])
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    return (maps - low) / (high - low)
+
+
+def centre_dots(n, height, width):
+    """A baseline: the same dot at the centre for every category, a Gaussian of a sixth of the picture, in [0, 1]."""
+    y, x = ((np.arange(length) + 0.5) / length - 0.5 for length in (height, width))
+    dot = np.exp(-(y[:, None] ** 2 + x**2) / (2 / 36)).astype(np.float32)
+    return np.repeat(dot[None] / dot.max(), n, axis=0)
+
+
+def score_table(methods, examples):
+    """Score methods over examples with known answers, beside the baselines "centre dot" and "random map".
+
+    Args:
+        methods: name -> function (pixel_values, categories) -> maps, one a category.
+        examples: `Example` objects with at least two objects each.
+
+    Returns:
+        A pandas DataFrame, a row a method: "pointing" (share of maps whose maximum lies on the object), "energy"
+        (mean share of the map
+        inside the object), "on the other" (share of maps whose maximum lies on another object of the picture), "maps"
+        (how many).
+    """
+    baselines = {
+        "centre dot": lambda pixels, categories: centre_dots(len(categories), *pixels.shape[2:]),
+        "random map": lambda pixels, categories: random_maps(len(categories), *pixels.shape[2:], seed=next(seeds)),
+    }
+    rows = {}
+    for name, method in {**methods, **baselines}.items():
+        seeds = iter(range(len(examples)))
+        pointing, energy, other = [], [], []
+        for example in examples:
+            maps = method(example.pixel_values, example.categories)
+            others = [np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))]
+            pointing.extend(hits(maps, example.masks))
+            energy.extend(energy_inside(maps, example.masks))
+            other.extend(hits(maps, np.array(others)))
+        rows[name] = {
+            "pointing": np.mean(pointing),
+            "energy": np.mean(energy),
+            "on the other": np.mean(other),
+            "maps": len(pointing),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,148 @@
+"""Any model -> "image tensor in, score tensor out", and what every explanation asks of a model first."""
+
+import contextlib
+import difflib
+import numbers
+
+import numpy as np
+import torch
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+from xai_helpers.reshape import ADVICE
+
+
+class LogitsModel(torch.nn.Module):
+    """Returns the scores of a model as a plain tensor.
+
+    transformers' models return an object with a field `logits`; grad-cam and Captum want the tensor in it.
+    A model that returns a tensor already is passed through.
+
+    Args:
+        model: a transformers classification model, or any module that maps images to a tensor.
+        options: keyword arguments of each forward pass, such as `interpolate_pos_encoding=True`.
+    """
+
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model = model
+        self.options = options
+        self.config = getattr(model, "config", None)
+
+    def forward(self, pixel_values):
+        """Maps images (batch, channels, height, width) to scores, (batch, n_classes) for a classifier.
+
+        Raises:
+            ValueError: the model returns neither a tensor nor an object with `logits`.
+        """
+        output = self.model(pixel_values, **self.options)
+        scores = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        if not isinstance(scores, torch.Tensor):
+            raise ValueError(
+                f"{type(self.model).__name__} returned {type(output).__name__}, neither a tensor nor an object with "
+                "`logits`: load a model with a head (such as ...ForImageClassification), or wrap it in a module whose "
+                "forward returns the scores"
+            )
+        return scores
+
+
+class CategoryTarget(ClassifierOutputTarget):
+    """The score of one category: grad-cam's target, with a clear error for an index that no score has."""
+
+    def __call__(self, scores):
+        if not 0 <= self.category < scores.shape[-1]:
+            last = scores.shape[-1] - 1
+            raise ValueError(f"category {self.category} is out of range: the model's scores are 0 to {last}")
+        return scores[..., self.category]
+
+
+def category_targets(model, categories):
+    """Turns categories into targets, the functions that pick from the scores of one image what is explained.
+
+    Args:
+        model: its `config.id2label`, where there is one, knows the names.
+        categories: a name, an index or a callable (scores of one image -> scalar), or several of them.
+
+    Returns:
+        One callable a category.
+
+    Raises:
+        ValueError: an unknown name (the closest names are given), an ambiguous one, or no category at all.
+    """
+    if isinstance(categories, (torch.Tensor, np.ndarray)):
+        categories = categories.reshape(-1).tolist()
+    if isinstance(categories, (str, numbers.Integral)) or callable(categories):
+        categories = [categories]
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    targets = [_target(category, names) for category in categories]
+    if not targets:
+        raise ValueError("no category to explain: give at least one name, index or callable")
+    return targets
+
+
+def _target(category, names):
+    if callable(category):
+        return category
+    if isinstance(category, numbers.Integral):
+        return CategoryTarget(int(category))
+    if not isinstance(category, str):
+        raise ValueError(f"a category is a name, an index or a callable, not {type(category).__name__}")
+    if not names:
+        raise ValueError(f"the model has no config.id2label, so category {category!r} has no index: give the index")
+    indices = [int(index) for index, name in names.items() if name == category]
+    if len(indices) > 1:
+        raise ValueError(f"several categories are named {category!r}: give one of their indices, {indices}")
+    if not indices:
+        known = {name.lower(): name for name in names.values()}
+        containing = [key for key in known if category.lower() in key]
+        close = containing + difflib.get_close_matches(category.lower(), known, n=5, cutoff=0.4)
+        shown = [known[key] for key in dict.fromkeys(close)] or list(known.values())
+        raise ValueError(f"the model has no category {category!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
+    return CategoryTarget(indices[0])
+
+
+def check_picture(pixel_values):
+    """Raises a ValueError that says what to do, unless pixel_values is one image, float (1, 3 or 1, height, width)."""
+    if not isinstance(pixel_values, torch.Tensor):
+        advice = 'give the tensor that the processor makes: processor(image, return_tensors="pt")["pixel_values"]'
+        raise ValueError(f"pixel_values is a {type(pixel_values).__name__}, not a tensor: {advice}")
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim == 3:
+        advice = "add the batch dimension: pixel_values.unsqueeze(0)"
+    elif pixel_values.ndim == 4 and shape[0] != 1:
+        advice = "explain one image at a time: pixel_values[i : i + 1]"
+    elif pixel_values.ndim == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
+        advice = "put the channels first: pixel_values.permute(0, 3, 1, 2)"
+    elif pixel_values.ndim != 4 or shape[1] not in (1, 3):
+        advice = "let the model's processor make it from the image"
+    elif not pixel_values.is_floating_point():
+        advice = f"it is {pixel_values.dtype}; let the model's processor scale and normalise the image"
+    else:
+        return
+    raise ValueError(f"pixel_values has shape {shape}, wanted a float tensor (1, 3, height, width): {advice}")
+
+
+def layer_path(model, layer):
+    """The dotted name of a module inside a model; a ValueError if it is not in there."""
+    if not isinstance(layer, torch.nn.Module):
+        raise ValueError(f"a target layer is a module such as model.vit.layers[-2], not {layer!r}; {ADVICE}")
+    for path, module in model.named_modules():
+        if module is layer:
+            return path or type(model).__name__
+    raise ValueError(f"target layer {type(layer).__name__} is not part of this {type(model).__name__}; {ADVICE}")
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Eval mode, parameters that need no gradient, autograd on; at the end all of it, and `.grad`, is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
