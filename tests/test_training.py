@@ -53,7 +53,7 @@ def test_training_scenes_are_those_of_the_training_split():
 
 
 def test_shifts_and_flips_keep_the_picture(runs):
-    scenes = classifier.Scenes(16).make(workers=1)
+    scenes = classifier.Scenes(16).make()
     pictures, targets = next(scenes.batches(16, np.random.default_rng(0)))
     assert pictures.shape == (16, 3, 128, 128) and targets.sum(dim=1).max() <= 3
     # A shift by at most 8 pixels and a flip change where things are, hardly which colours there are.

@@ -5,7 +5,9 @@ last epoch (training/runs/<name>/). It uses a GPU where there is one.
 """
 
 import argparse
+import contextlib
 import math
+import multiprocessing
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfig, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    CvtConfig,
+    MobileViTConfig,
+    RegNetConfig,
+    ResNetConfig,
+    SegformerConfig,
+    SwinConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
 
 from training.report import MEAN, SIDE, STD, normalised, report, score
 from xai_helpers.scenes import labels, make_scene
@@ -70,6 +83,97 @@ def recipes():
             teacher="resnet",
             what="ViT with 6 blocks of width 128 and 4 heads, patches of 16 x 16 pixels",
         ),
+        "convnext": Recipe(
+            # Layer scales of 0.1, not 1e-6: so few steps have no time to grow them.
+            ConvNextConfig(
+                num_stages=3, hidden_sizes=[32, 64, 128], depths=[2, 2, 4], layer_scale_init_value=0.1, **common
+            ),
+            epochs=4,
+            rate=2e-3,
+            decay=0.02,
+            teacher="resnet",
+            what="ConvNeXt with 3 stages of 2, 2 and 4 blocks, stride 16",
+        ),
+        "regnet": Recipe(
+            RegNetConfig(
+                embedding_size=32,
+                hidden_sizes=[32, 64, 128],
+                depths=[1, 2, 4],
+                groups_width=16,
+                layer_type="y",
+                **common,
+            ),
+            epochs=3,
+            rate=2e-3,
+            decay=0.02,
+            teacher="resnet",
+            what="RegNetY with 3 stages of 1, 2 and 4 blocks, groups of 16 channels, stride 16",
+        ),
+        "mobilevit": Recipe(
+            MobileViTConfig(
+                image_size=SIDE,
+                hidden_sizes=[48, 64, 80],
+                neck_hidden_sizes=[16, 24, 32, 48, 64, 80, 256],
+                expand_ratio=2.0,
+                output_stride=16,
+                **common,
+            ),
+            epochs=4,
+            rate=2e-3,
+            decay=0.02,
+            teacher="resnet",
+            what="MobileViT, narrower than the smallest published one, with stride 16",
+        ),
+        "swin": Recipe(
+            SwinConfig(
+                image_size=SIDE,
+                embed_dim=32,
+                depths=[2, 2, 4],
+                num_heads=[1, 2, 4],
+                window_size=4,
+                mlp_ratio=2.0,
+                drop_path_rate=0.0,
+                **common,
+            ),
+            epochs=6,
+            rate=1.5e-3,
+            decay=0.05,
+            teacher="resnet",
+            what="Swin with 3 stages of 2, 2 and 4 blocks, windows of 4 x 4 tokens, stride 16",
+        ),
+        "segformer": Recipe(
+            # Four stages, as everywhere; the last does not halve the grid again.
+            SegformerConfig(
+                hidden_sizes=[24, 48, 96, 128],
+                patch_sizes=[7, 3, 3, 3],
+                strides=[4, 2, 2, 1],
+                sr_ratios=[8, 4, 2, 1],
+                num_attention_heads=[1, 2, 4, 4],
+                mlp_ratios=[2, 2, 2, 2],
+                drop_path_rate=0.0,
+                **common,
+            ),
+            epochs=7,
+            rate=1.5e-3,
+            decay=0.05,
+            teacher="resnet",
+            what="SegFormer's encoder with 4 stages of 2 blocks and a classifier, stride 16",
+        ),
+        "cvt": Recipe(
+            CvtConfig(
+                embed_dim=[32, 64, 128],
+                num_heads=[1, 2, 4],
+                depth=[1, 2, 4],
+                mlp_ratio=[2.0, 2.0, 2.0],
+                drop_path_rate=[0.0, 0.0, 0.0],
+                **common,
+            ),
+            epochs=6,
+            rate=1.5e-3,
+            decay=0.05,
+            teacher="resnet",
+            what="CvT with 3 stages of 1, 2 and 4 blocks, stride 16, a CLS token in the last stage",
+        ),
     }
 
 
@@ -92,18 +196,17 @@ class Scenes:
         path.parent.mkdir(parents=True, exist_ok=True)
         return np.memmap(path, kind, mode="r+" if path.exists() else "w+", shape=shape)
 
-    def make(self, workers=2):
+    def make(self):
         """Make the scenes that are missing."""
-        missing = np.flatnonzero(self.done == 0)
-        if len(missing):
-            with torch.multiprocessing.get_context("fork").Pool(workers) as pool:
-                for i, picture, target in tqdm(
-                    pool.imap_unordered(training_scene, missing.tolist(), chunksize=64),
-                    total=len(missing),
-                    desc="scenes",
-                    mininterval=5,
-                ):
-                    self.pictures[i], self.targets[i], self.done[i] = picture, target, 1
+        missing = np.flatnonzero(self.done == 0).tolist()
+        with contextlib.ExitStack() as stack:
+            made = map(training_scene, missing)
+            if len(missing) > 1000:  # fresh processes: one that is forked hangs where cv2 had started its threads
+                fresh = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(fresh.Pool(initializer=cv2.setNumThreads, initargs=(1,)))
+                made = pool.imap_unordered(training_scene, missing, chunksize=64)
+            for i, picture, target in tqdm(made, total=len(missing), desc="scenes", mininterval=5):
+                self.pictures[i], self.targets[i], self.done[i] = picture, target, 1
         return self
 
     def batches(self, size, rng, shift=8):
@@ -121,7 +224,6 @@ class Scenes:
 
 def training_scene(i):
     """Scene number i of the training split: its pixels and its target vector."""
-    cv2.setNumThreads(1)
     objects = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3][i % 20]
     scene = make_scene(i, objects, SIDE, distractors=1 + i // 20 % 3 if objects == 0 else None, split="train")
     target = np.isin(labels(), scene.categories)
