@@ -14,6 +14,8 @@ ifneq ($(XAI_WEIGHTS),hub)
 export HF_HUB_OFFLINE = 1
 endif
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
+# A bar that was drawn in a chapter would leave an empty widget on its page.
+export TQDM_DISABLE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 

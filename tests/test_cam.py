@@ -19,6 +19,7 @@ from pytorch_grad_cam import (
 from pytorch_grad_cam.ablation_layer import AblationLayerVit
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
+from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from xai_helpers.cam import explain
@@ -57,8 +58,16 @@ def tiny(name):
         model.classifier[1].weight.data.normal_()
         return model, model.resnet.encoder.stages[-1], None
     if name == "vit":
-        config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-                           image_size=32, patch_size=8, initializer_range=0.2, id2label=NAMES)
+        config = ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=32,
+            patch_size=8,
+            initializer_range=0.2,
+            id2label=NAMES,
+        )
         model = ViTForImageClassification(config).eval()
         return model, model.vit.layers[-2], GRID
     model = Convolutions().eval()
@@ -69,12 +78,13 @@ def picture(height=32, width=32):
     return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def plain(model, pixel_values, indices, layers, reshape_transform, method=GradCAM, **options):
+def plain(model, pixel_values, categories, layers, reshape_transform, method=GradCAM, smooth=False, **options):
     """grad-cam as its documentation calls it, at least two rows."""
-    rows = list(indices) * (2 if len(indices) == 1 else 1)
+    targets = [category if callable(category) else ClassifierOutputTarget(category) for category in categories]
+    targets *= 2 if len(targets) == 1 else 1
     with method(LogitsModel(model).eval(), layers, reshape_transform, **options) as cam:
-        maps = cam(pixel_values.repeat(len(rows), 1, 1, 1), [ClassifierOutputTarget(index) for index in rows])
-    return maps[: len(indices)]
+        maps = cam(pixel_values.repeat(len(targets), 1, 1, 1), targets, aug_smooth=smooth)
+    return maps[: len(categories)]
 
 
 def count_passes(model, call):
@@ -169,22 +179,138 @@ def test_the_layers_before_the_target_layer_see_one_row_and_those_behind_a_row_a
     assert (before, behind) == ([1], [5])
 
 
-@pytest.mark.parametrize("method", [ScoreCAM, AblationCAM])
-@pytest.mark.parametrize("name", ["batchnorm", "vit"])
-def test_masking_methods_equal_plain_grad_cam_and_share_their_passes(name, method):
+def masking_case(name, method):
+    """A model, a target layer, its reshape transform, and what grad-cam's own method is to be constructed with."""
     model, layer, reshape_transform = tiny(name)
-    layer = model.vit.layers[-1].layernorm_before if name == "vit" else layer
+    if name == "vit":
+        layer = model.vit.layers[-1].layernorm_before
     options = {"ablation_layer": AblationLayerVit()} if method is AblationCAM and name == "vit" else {}
-    maps = explain(model, picture(), [2, 0, 4], layer, reshape_transform, method=method)
-    expected = plain(model, picture(), [2, 0, 4], [layer], reshape_transform, method, **options)
+    return model, layer, reshape_transform, options
+
+
+each_masking_method = pytest.mark.parametrize("method", [ScoreCAM, AblationCAM])
+each_layout = pytest.mark.parametrize("name", ["batchnorm", "resnet", "vit"])
+
+
+@each_masking_method
+@each_layout
+@pytest.mark.parametrize(
+    "categories",
+    [[3], [2, 0], [2, 0, 4], [lambda scores: scores[2] - scores[0], 1, lambda scores: scores[4:].sum() - scores[1]]],
+    ids=["one", "two", "three", "callables"],
+)
+def test_maps_of_masking_methods_equal_plain_grad_cam(name, method, categories):
+    model, layer, reshape_transform, options = masking_case(name, method)
+    maps = explain(model, picture(), categories, layer, reshape_transform, method=method)
+    expected = plain(model, picture(), categories, [layer], reshape_transform, method, **options)
+    assert maps.max() > 0.9
     np.testing.assert_allclose(maps, expected, atol=1e-5)
 
-    one, three = (
+
+@each_masking_method
+@each_layout
+def test_further_categories_cost_masking_methods_no_further_pass(name, method):
+    model, layer, reshape_transform, _ = masking_case(name, method)
+    one, two, five = (
         count_passes(model, lambda n=n: explain(model, picture(), range(n), layer, reshape_transform, method=method))
-        for n in (1, 3)
+        for n in (1, 2, 5)
     )
-    assert max(one) > 1  # passes with several masked images
-    assert len(three) == len(one) + 2  # a further category needs one more pass, for the activations
+    channels = {"batchnorm": 8, "resnet": 16, "vit": 16}[name]
+    images = 1 if method is ScoreCAM else 2  # the image for its activations; AblationCAM: and for its scores
+    assert one == [1] * images + [channels]
+    assert two == five == one
+
+
+@each_masking_method
+def test_masking_methods_average_several_layers_as_in_grad_cam(method):
+    model, layer, _ = tiny("batchnorm")
+    layers = [model.body[0], layer]
+    maps = explain(model, picture(), [2, 0], layers, method=method)
+    np.testing.assert_allclose(maps, plain(model, picture(), [2, 0], layers, None, method), atol=1e-5)
+
+
+@each_masking_method
+def test_masking_methods_smooth_as_grad_cam(method):
+    model, layer, _ = tiny("batchnorm")
+    maps = explain(model, picture(), [2, 0], layer, method=method, aug_smooth=True)
+    expected = plain(model, picture(), [2, 0], [layer], None, method, smooth=True)
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+
+class InThrees:
+    """grad-cam's masking methods, three masked images a pass."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.batch_size = 3
+
+
+class ScoreInThrees(InThrees, ScoreCAM):
+    pass
+
+
+class AblationInThrees(InThrees, AblationCAM):
+    pass
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that explain makes; they come without delay and show every step."""
+    made = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options, mininterval=0)
+            made.append(self)
+
+    monkeypatch.setattr("xai_helpers.cam.tqdm", Bar)
+    monkeypatch.setattr("xai_helpers.cam.BAR_AFTER", 0)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    return made
+
+
+@pytest.mark.parametrize("method", [ScoreInThrees, AblationInThrees])
+@pytest.mark.parametrize(
+    ("places", "options", "passes"),
+    [([3], {}, 3), ([0, 3], {}, 2 + 3), ([3], {"aug_smooth": True}, 6 * 3)],
+)  # 8 channels in threes are three passes, 6 are two
+def test_one_progress_bar_counts_the_passes_that_run(bars, capsys, method, places, options, passes):
+    model, _, _ = tiny("batchnorm")
+    explain(model, picture(), [0, 1, 2], [model.body[place] for place in places], method=method, **options)
+    assert [(bar.n, bar.total) for bar in bars] == [(passes, passes)]
+    out, err = capsys.readouterr()
+    shown = [state for state in err.split("\r") if state.strip()]
+    assert len(shown) > 1 and all(state.startswith(f"{method.__name__}, masked passes: ") for state in shown)
+    assert out == "" and err.split("\r")[-2].isspace()  # the bar is wiped out
+
+
+@each_masking_method
+@pytest.mark.parametrize("reason", ["a quick call", "switched off"])
+def test_there_is_no_progress_bar_for(reason, bars, monkeypatch, capfd, method):
+    if reason == "a quick call":
+        monkeypatch.setattr("xai_helpers.cam.BAR_AFTER", 3600)
+    else:
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+    model, layer, _ = tiny("batchnorm")
+    explain(model, picture(), [0, 1], layer, method=method)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", [ScoreInThrees, AblationInThrees])
+def test_the_progress_bar_goes_when_a_target_fails(bars, capsys, method):
+    model, layer, _ = tiny("batchnorm")
+    asked = []
+
+    def fails_in_the_second_masked_pass(scores):
+        asked.append(scores)
+        if len(asked) > 5:
+            raise RuntimeError("midway")
+        return scores[0]
+
+    with pytest.raises(RuntimeError, match="midway"):
+        explain(model, picture(), fails_in_the_second_masked_pass, layer, method=method)
+    assert [(bar.n, bar.total) for bar in bars] == [(1, 3)]
+    assert capsys.readouterr().err.split("\r")[-2].isspace()
 
 
 def test_ablation_works_on_a_whole_transformer_block():

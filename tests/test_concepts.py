@@ -1,4 +1,5 @@
 import functools
+import types
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from xai_helpers.concepts import factorize
+from xai_helpers.concepts import factorize, named_right
 from xai_helpers.reshape import tokens_to_map
+from xai_helpers.scoring import Example
 
 
 class Channels(nn.Module):
@@ -48,6 +50,22 @@ def test_two_halves_are_two_concepts(left, right):
     np.testing.assert_allclose(concepts.vectors[order], [left, right], atol=0.01)
     scores = [[left[0], 2 * left[1] - left[2]], [right[0], 2 * right[1] - right[2]]]
     np.testing.assert_allclose(concepts.scores[order], scores, atol=0.03)
+
+
+def test_named_right_compares_the_name_of_the_ruling_concept():
+    model = Channels()
+    model.config = types.SimpleNamespace(id2label={0: "red", 1: "green"})
+    left = np.zeros((2, 2, 4), bool)
+    left[0, :, :2] = left[1, :, 2:] = True  # a mask for the left half, one for the right
+    image = halves([3.0, 0.0, 0.0], [0.0, 5.0, 0.0])
+
+    def share(categories, swapped=False):
+        head = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]] if swapped else [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        return named_right(model, [Example(image, categories, left)], model.layer, lambda v: v @ head, n_concepts=2)
+
+    assert share(["red", "green"]) == 1
+    assert share(["red", "green"], swapped=True) == 0
+    assert share(["red", "red"]) == 0.5
 
 
 def tiny_resnet():

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import CLIPImageProcessor, ConvNextImageProcessor, ViTImageProcessor
+from transformers import CLIPImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from xai_helpers.pictures import read_picture, seen_box
 
@@ -133,6 +133,8 @@ CROP = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875)
 CLIP = CLIPImageProcessor()
 # A square picture becomes 224 pixels wide, with black around it up to 256.
 PAD = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 256, "width": 256})
+# The short side becomes 288 pixels; 256 in the middle are kept, and their channels are turned round.
+BGR = MobileViTImageProcessor(size={"shortest_edge": 288}, crop_size={"height": 256, "width": 256})
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,8 @@ PAD = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 256, 
         # 640 x 480 becomes 298 x 224. Columns 37 to 261 are kept.
         pytest.param(CLIP, (640, 480), (37 * 640 / 298, 0, 261 * 640 / 298, 480), 0.25, id="crop"),
         pytest.param(CLIP, (900, 90), (405, 0, 495, 90), 0.25, id="crop of a banner"),
+        # 640 x 480 becomes 384 x 288. Columns 64 to 320 and rows 16 to 272 are kept.
+        pytest.param(BGR, (640, 480), (64 / 0.6, 16 / 0.6, 320 / 0.6, 272 / 0.6), 0.25, id="blue, green, red"),
         # 16 black pixels are 16 * 480 / 224 of the picture's.
         pytest.param(PAD, (480, 480), (-34.29, -34.29, 514.29, 514.29), 0.25, id="pad"),
     ],
@@ -159,3 +163,9 @@ def test_seen_box(processor, size, box, tolerance):
 
 def test_seen_box_of_a_processor_that_has_an_image_processor():
     assert seen_box(SimpleNamespace(image_processor=CROP), (640, 480)) == seen_box(CROP, (640, 480))
+
+
+def test_seen_box_leaves_the_processor_as_it_was():
+    seen_box(BGR, (64, 48))
+    red = BGR(Image.new("RGB", (64, 48), RED), return_tensors="np")["pixel_values"][0]
+    assert red[:, 0, 0].tolist() == [0, 0, 1]

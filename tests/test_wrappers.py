@@ -1,9 +1,19 @@
+import types
+
 import numpy as np
 import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen, layer_path
+from xai_helpers.wrappers import (
+    LogitsModel,
+    category_index,
+    category_targets,
+    check_picture,
+    frozen,
+    layer_path,
+    top_categories,
+)
 
 SCORES = torch.tensor([10.0, 20.0, 30.0])
 
@@ -26,8 +36,9 @@ def test_tensors_and_wrapped_models_pass_through():
 
 
 def test_options_reach_the_model():
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32,
-                       patch_size=16)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32, patch_size=16
+    )
     model, wide = ViTForImageClassification(config).eval(), torch.randn(1, 3, 32, 64)
     with pytest.raises(ValueError, match="doesn't match model"):
         LogitsModel(model)(wide)
@@ -72,7 +83,53 @@ def test_unknown_categories_name_the_known(names, categories, message):
         category_targets(tiny_resnet(names), categories)
 
 
+IMAGENET_1K = ("tench", "Egyptian cat", "remote control, remote", "cat", "crane", "crane")
+IMAGENET_22K = ("Egyptian_cat", "remote_control, remote", "domestic_cat, house_cat", "daisy", "African_daisy", "Daisy")
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "index"),
+    [
+        (IMAGENET_1K, "Egyptian cat", 1),
+        (IMAGENET_1K, "egyptian_CAT", 1),
+        (IMAGENET_1K, "remote control, remote", 2),
+        (IMAGENET_1K, "remote control", 2),
+        (IMAGENET_1K, "Remote", 2),
+        (IMAGENET_1K, "cat", 3),  # and not the cats in whose names the word occurs
+        (IMAGENET_22K, "Egyptian cat", 0),
+        (IMAGENET_22K, "remote control, remote", 1),
+        (IMAGENET_22K, "house cat", 2),
+        (IMAGENET_22K, "daisy", 3),  # as it stands, though it is ambiguous in another spelling
+        (IMAGENET_22K, "Daisy", 5),
+        (("remote", "remote control, remote"), "remote", 0),  # a whole name goes before a synonym
+        (("Remote", "remote control, remote"), "remote", 0),
+    ],
+)
+def test_a_name_is_found_in_either_spelling(names, name, index):
+    assert category_index(tiny_resnet(names), name) == index
+    (target,) = category_targets(tiny_resnet(names), name)
+    assert target(torch.arange(6)) == index
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "message"),
+    [
+        (IMAGENET_1K, "crane", r"several categories are named 'crane'.*\[4, 5\]"),
+        (IMAGENET_22K, "DAISY", r"several categories are named 'DAISY'.*\[3, 5\]"),
+        (("marguerite, daisy", "oxeye, marguerite"), "marguerite", r"several categories .*'marguerite'.*\[0, 1\]"),
+        (IMAGENET_22K, "cat", "no category 'cat'; the closest are: 'Egyptian_cat', 'domestic_cat, house_cat'"),
+        (IMAGENET_22K, "african dasiy", "no category 'african dasiy'; the closest are: 'African_daisy'"),
+        (("rocket",), "", "no category ''; the closest are: 'rocket'"),
+    ],
+)
+def test_an_unknown_or_ambiguous_name_has_no_index(names, name, message):
+    with pytest.raises(ValueError, match=message):
+        category_index(tiny_resnet(names), name)
+
+
 def test_a_name_needs_a_config():
+    with pytest.raises(ValueError, match="no config.id2label.*give the index"):
+        category_index(torch.nn.Flatten(), "cat")
     with pytest.raises(ValueError, match="no config.id2label.*give the index"):
         category_targets(torch.nn.Flatten(), "cat")
 
@@ -135,3 +192,16 @@ def test_frozen_gives_everything_back(fails):
     assert [module.training for module in model] == [True, False, True]
     assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
     assert model[0].weight.grad is gradient
+
+
+def test_top_categories_are_the_models_first_ones():
+    class Fixed(torch.nn.Module):
+        config = types.SimpleNamespace(id2label={0: "cat", 1: "tabby cat", 2: "rocket"})
+
+        def forward(self, pixel_values):
+            return SCORES[[2, 0, 1]].expand(len(pixel_values), -1)  # 30, 10, 20
+
+    found = top_categories(Fixed(), torch.zeros(1, 3, 4, 4), k=2)
+    assert found.index.tolist() == ["cat", "rocket"] and found["score"].tolist() == [30, 20]
+    with pytest.raises(ValueError, match="one image at a time"):
+        top_categories(Fixed(), torch.zeros(2, 3, 4, 4))

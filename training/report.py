@@ -75,7 +75,8 @@ def report(folder, what, how, seconds):
     right = sum(row[-1] for row in photos)
     parameters = sum(p.numel() for p in model.parameters())
     size = (folder / "model.safetensors").stat().st_size
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    cores = torch.get_num_threads()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
     card = f"""# {folder.name}
 
 {what}; {parameters / 1e6:.2f} million parameters, {size / 1e6:.1f} MB in half precision. Input: {SIDE} x {SIDE} pixels.

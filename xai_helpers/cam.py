@@ -2,6 +2,9 @@
 
 import contextlib
 import inspect
+import os
+import time
+import types
 import warnings
 
 import numpy as np
@@ -9,11 +12,13 @@ import torch
 from pytorch_grad_cam import AblationCAM, GradCAM, ScoreCAM
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.base_cam import BaseCAM
+from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen, layer_path
 
 CALL_OPTIONS = ("aug_smooth", "eigen_smooth")
+BAR_AFTER = 1  # seconds
 
 
 def explain(model, pixel_values, categories, target_layer, reshape_transform=None, method=GradCAM, **options):
@@ -21,7 +26,8 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
 
     The image runs through the model once. At the target layer its activations are repeated, one row a category, so
     only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
-    for the repeated image. The model is explained in eval mode and left as it was.
+    for the repeated image. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
+    from the same scores. The model is explained in eval mode and left as it was.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
@@ -123,8 +129,8 @@ class _Fork(LogitsModel):
                 which = f"category number {row + 1}" if has_gradient.any() else "any category"
                 raise ValueError(
                     f"target layer {self.paths[layer]} gets a gradient of zero at every position for {which}: its "
-                    "score does not depend on what stands there, as with the patch tokens of a ViT's last block; "
-                    f"{ADVICE}"
+                    "score does not depend on what stands there, as with the patch tokens of a ViT's last block, or "
+                    f"the target is saturated, as a probability of 1 is (explain a logit); {ADVICE}"
                 )
 
 
@@ -155,7 +161,7 @@ def _forked_maps(cam, fork, image, targets, call_options):
 
 
 def _masked_maps(cam, fork, image, targets, call_options):
-    """Runs ScoreCAM or AblationCAM one category at a time; the scores of the masked passes serve all of them."""
+    """Runs ScoreCAM or AblationCAM one category at a time; the passes of the first category serve all of them."""
     parents = [
         (parent, name, child)
         for parent in fork.modules()
@@ -163,10 +169,11 @@ def _masked_maps(cam, fork, image, targets, call_options):
         if child in fork.paths
     ]
     fork.start(copies=1, rows=None)
-    cam.model = passes = _SharedPasses(fork)
+    cam.model = cam.activations_and_grads.model = passes = _SharedPasses(fork, cam.activations_and_grads)
+    loops = len(cam.target_layers) * (len(cam.tta_transforms) if call_options.get("aug_smooth") else 1)
     maps = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.closing(_OneBar(cam, loops)):
             for target in targets:
                 passes.position = 0
                 maps.extend(cam(image, [target], **call_options))
@@ -177,19 +184,73 @@ def _masked_maps(cam, fork, image, targets, call_options):
 
 
 class _SharedPasses(torch.nn.Module):
-    """Gives the scores of earlier passes again when they are asked for in the same order from position 0."""
+    """Gives the scores of earlier passes again when they are asked for in the same order from position 0.
 
-    def __init__(self, model):
+    `record` is where grad-cam collects activations. It is empty when grad-cam asks for those of the image itself: they
+    are given again too. Those of masked images, which grad-cam collects and never reads, are dropped.
+    """
+
+    def __init__(self, model, record):
         super().__init__()
         self.model = model
-        self.scores = []
+        self.record = record
+        self.passes = []
         self.position = 0
 
     def forward(self, pixel_values):
-        if self.position == len(self.scores):
-            self.scores.append(self.model(pixel_values))
+        collected = len(self.record.activations)
+        if self.position == len(self.passes):
+            scores = self.model(pixel_values)
+            self.passes.append((scores, [] if collected else list(self.record.activations)))
+            del self.record.activations[collected:]
+        scores, activations = self.passes[self.position]
+        self.record.activations.extend(activations)
         self.position += 1
-        return self.scores[self.position - 1]
+        return scores
+
+
+class _OneBar:
+    """One progress bar for the passes that run, in the place of those that grad-cam shows for each category and layer.
+
+    It is made once they have taken BAR_AFTER seconds, and goes when they are done. Where nobody watches, as when a book
+    is built, tqdm's own switch keeps the page clean: TQDM_DISABLE=1.
+
+    Args:
+        cam: the ScoreCAM or AblationCAM. Its method that looks up `tqdm.tqdm` gets globals of its own, in which
+            `tqdm` is this object.
+        loops: how many loops over masked passes a category takes. Only those of the first category run anything.
+    """
+
+    def __init__(self, cam, loops):
+        method = cam.get_cam_weights.__func__
+        around = {**method.__globals__, "tqdm": self}
+        quiet = types.FunctionType(method.__code__, around, method.__name__, method.__defaults__, method.__closure__)
+        cam.get_cam_weights = types.MethodType(quiet, cam)
+        self.name = f"{type(cam).__name__}, masked passes"
+        self.loops = loops
+        self.passes = 0
+        self.start = time.monotonic()
+        self.bar = None
+
+    def tqdm(self, steps):
+        if self.loops == 0:  # a further category
+            yield from steps
+            return
+        total = self.passes + self.loops * len(steps)  # if the layers to come have as many channels as this one
+        self.loops -= 1
+        for step in steps:
+            yield step
+            self.passes += 1
+            if self.bar is None and time.monotonic() - self.start >= BAR_AFTER:
+                disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
+                self.bar = tqdm(desc=self.name, total=total, leave=False, disable=disable)
+            if self.bar is not None:
+                self.bar.total = total
+                self.bar.update(self.passes - self.bar.n)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
 
 
 class _TokenAblation(AblationLayerVit):

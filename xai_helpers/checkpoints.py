@@ -1,5 +1,6 @@
 """A name -> model and processor, from the bundled weights or from the hub; and pictures that go with them."""
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene
 from xai_helpers.scoring import Example
+from xai_helpers.wrappers import category_index
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -18,9 +20,16 @@ BUNDLED = Path(__file__).parent / "bundled"
 HUB = {
     "resnet": "microsoft/resnet-50",
     "vit": "google/vit-large-patch32-384",
+    "convnext": "facebook/convnext-tiny-224",
+    "regnet": "facebook/regnet-y-040",
+    "mobilevit": "apple/mobilevit-small",
+    "swin": "microsoft/swin-large-patch4-window12-384-in22k",
+    "segformer": "nvidia/mit-b0",
+    "cvt": "microsoft/cvt-13",
 }
 
-#: Category of the scenes -> what ImageNet's label set calls it. It has no coin, astronaut or pagoda.
+#: Category of the scenes -> its name among ImageNet's 1000. They have no coin, astronaut or pagoda. The label set of
+#: ImageNet-22k writes underscores for blanks, and `category_index` finds these names in it all the same.
 IMAGENET_NAMES = {
     "cat": "Egyptian cat",
     "coffee cup": "espresso",
@@ -46,7 +55,7 @@ def load(name, weights=None, device=None):
     """Load a model, in eval mode, and its processor.
 
     Args:
-        name: "resnet" or "vit".
+        name: a family of `HUB`, such as "resnet" or "vit".
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
         device: where the model goes, as in `torch.device`. None leaves it on the CPU.
@@ -62,6 +71,11 @@ def load(name, weights=None, device=None):
         raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(HUB)}.")
     weights = chosen_weights(weights)
     source = {"bundled": BUNDLED / name, "hub": HUB[name]}.get(weights, weights)
+    if weights == "bundled" and not source.is_dir():
+        raise OSError(
+            f"The checkpoint {name!r} is not bundled yet. In a clone of the project, train it: python -m "
+            f'training.classifier {name}; or use the published one: load({name!r}, weights="hub").'
+        )
     try:
         processor = AutoImageProcessor.from_pretrained(source)
         model = AutoModelForImageClassification.from_pretrained(
@@ -76,11 +90,11 @@ def example_scene(weights=None):
     """A picture with two categories and their answers, for the weights that `load` would use.
 
     Bundled: a test scene with a cat and a coffee cup. Hub: the picture huggingface/cats-image with the boxes of its
-    cats
-    and of its remote controls.
+    cats and of its remote controls.
 
     Returns:
-        A `Scene`: image, categories (as the models name them) and masks, bool (n_categories, height, width).
+        A `Scene`: image, categories (names that `category_index` finds in each model of these weights) and masks, bool
+        (n_categories, height, width).
 
     Raises:
         OSError: the picture is not there and cannot be fetched.
@@ -102,10 +116,14 @@ def example_scene(weights=None):
 
 def scene_categories(model):
     """The categories of the scenes that a model knows: scene category -> the model's own name for it."""
-    known = set(model.config.id2label.values())
-    if set(labels()) <= known:
+    names = model.config.id2label
+    if set(labels()) <= set(names.values()):
         return {name: name for name in labels()}
-    return {name: wanted for name, wanted in IMAGENET_NAMES.items() if wanted in known}
+    found = {}
+    for category, name in IMAGENET_NAMES.items():
+        with contextlib.suppress(ValueError):  # a category that the model does not know
+            found[category] = names[category_index(model, name)]
+    return found
 
 
 def examples(model, processor, n, split="test", objects=2, size=256):
@@ -134,11 +152,32 @@ def examples(model, processor, n, split="test", objects=2, size=256):
     for seed in itertools.count():
         if len(made) == n:
             return made
-        scene = make_scene(seed, objects, size, split=split, among=list(names))
-        masks = as_seen(scene, processor).masks
-        if masks.any(axis=(1, 2)).all():
-            pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"].to(model.device)
-            made.append(Example(pixel_values, [names[c] for c in scene.categories], masks))
+        example = as_example(make_scene(seed, objects, size, split=split, among=list(names)), model, processor)
+        if example.masks.any(axis=(1, 2)).all():
+            made.append(example)
+
+
+def as_example(scene, model, processor):
+    """A scene as a model gets it.
+
+    Args:
+        scene: a `Scene` whose categories the model knows, from `make_scene` or `natural`.
+        model, processor: as `load` gives them.
+
+    Returns:
+        An `Example`. Its image and masks are the part of the scene that the processor shows to the model, and its
+        categories are named as the model names them.
+
+    Raises:
+        ValueError: the model has no category for one of the scene's.
+    """
+    names = scene_categories(model)
+    unknown = [category for category in scene.categories if category not in names]
+    if unknown:
+        raise ValueError(f"The model has no category for {', '.join(unknown)}; it has one for {', '.join(names)}.")
+    seen = as_seen(scene, processor)
+    pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"].to(model.device)
+    return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
 
 
 def _unreachable(what, bundled):

@@ -10,6 +10,7 @@ from pytorch_grad_cam.utils.image import scale_cam_image
 from sklearn.exceptions import ConvergenceWarning
 
 from xai_helpers.reshape import ADVICE, layer_to_map
+from xai_helpers.scoring import strongest_inside
 from xai_helpers.wrappers import LogitsModel, check_picture, frozen, layer_path
 
 
@@ -85,6 +86,28 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         scores = _head_scores(concept_head, torch.from_numpy(vectors).to(device))
     height, width = pixel_values.shape[2:]
     return Concepts(scale_cam_image(strengths[0], (width, height)), vectors, scores)
+
+
+def named_right(model, examples, target_layer, concept_head, reshape_transform=None, n_concepts=4):
+    """How often the concept that rules an object bears the object's name.
+
+    An object's ruling concept is the one that is the strongest in the largest part of its mask (`strongest_inside`).
+
+    Args:
+        model: with a `config.id2label`.
+        examples: `Example` objects, as `checkpoints.examples` gives them.
+        target_layer, concept_head, reshape_transform, n_concepts: as for `factorize`.
+
+    Returns:
+        The share of objects, in [0, 1].
+    """
+    right = []
+    for example in examples:
+        concepts = factorize(model, example.pixel_values, target_layer, concept_head, reshape_transform, n_concepts)
+        ruling = strongest_inside(concepts.maps, example.masks).argmax(axis=0)
+        said = [model.config.id2label[int(i)] for i in concepts.scores[ruling].argmax(axis=1)]
+        right += [name == wanted for name, wanted in zip(said, example.categories, strict=True)]
+    return float(np.mean(right))
 
 
 def _head_scores(concept_head, vectors):

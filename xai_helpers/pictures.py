@@ -71,8 +71,10 @@ def seen_box(processor, size):
     ramp[..., 0] += noise[..., 0] - noise[::-1, :, 0]
     ramp[..., 1] += noise[..., 1] - noise[:, ::-1, 1]
     picture = Image.fromarray(ramp.round().astype(np.uint8))
-    out = processor(picture, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
-    out = np.asarray(out, np.float64)
+    as_it_is = {"do_normalize": False, "do_rescale": False}
+    if getattr(processor, "do_flip_channel_order", False):  # of MobileViT, which was trained on blue, green, red
+        as_it_is["do_flip_channel_order"] = False
+    out = np.asarray(processor(picture, return_tensors="np", **as_it_is)["pixel_values"][0], np.float64)
     inside = out[2] > 254
     edges = []
     for channel, length, axis in ((0, width, 0), (1, height, 1)):

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 
 @dataclass
@@ -16,11 +17,13 @@ class Example:
         pixel_values: float tensor (1, 3, height, width).
         categories: the model's names for the objects in it.
         masks: bool (n_categories, height, width), one a category, of the part that the model sees.
+        image: that part of the picture, to draw maps on; scores do not need it.
     """
 
     pixel_values: torch.Tensor
     categories: list[str]
     masks: np.ndarray
+    image: Image.Image | None = None
 
 
 def resize_masks(masks, height, width):

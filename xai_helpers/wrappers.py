@@ -5,6 +5,7 @@ import difflib
 import numbers
 
 import numpy as np
+import pandas as pd
 import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -72,32 +73,81 @@ def category_targets(model, categories):
         categories = categories.reshape(-1).tolist()
     if isinstance(categories, (str, numbers.Integral)) or callable(categories):
         categories = [categories]
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    targets = [_target(category, names) for category in categories]
+    targets = [_target(model, category) for category in categories]
     if not targets:
         raise ValueError("no category to explain: give at least one name, index or callable")
     return targets
 
 
-def _target(category, names):
+def _target(model, category):
     if callable(category):
         return category
     if isinstance(category, numbers.Integral):
         return CategoryTarget(int(category))
     if not isinstance(category, str):
         raise ValueError(f"a category is a name, an index or a callable, not {type(category).__name__}")
+    return CategoryTarget(category_index(model, category))
+
+
+def category_index(model, name):
+    """The index of a category, whichever way the model's label set writes its name.
+
+    A name is looked up as it stands; if no category is called that, without regard to case and underscores, so that
+    "Egyptian cat" finds the "Egyptian_cat" of ImageNet-22k; and at last among the synonyms that a name lists between
+    commas, so that "remote control" finds "remote control, remote".
+
+    Args:
+        model: its `config.id2label` knows the names.
+        name: a string.
+
+    Raises:
+        ValueError: the model has no names, an unknown name (the closest names are given), or an ambiguous one.
+    """
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
     if not names:
-        raise ValueError(f"the model has no config.id2label, so category {category!r} has no index: give the index")
-    indices = [int(index) for index, name in names.items() if name == category]
-    if len(indices) > 1:
-        raise ValueError(f"several categories are named {category!r}: give one of their indices, {indices}")
-    if not indices:
-        known = {name.lower(): name for name in names.values()}
-        containing = [key for key in known if category.lower() in key]
-        close = containing + difflib.get_close_matches(category.lower(), known, n=5, cutoff=0.4)
-        shown = [known[key] for key in dict.fromkeys(close)] or list(known.values())
-        raise ValueError(f"the model has no category {category!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
-    return CategoryTarget(indices[0])
+        raise ValueError(f"the model has no config.id2label, so category {name!r} has no index: give the index")
+    plain = _plain(name)
+    for is_meant in (
+        lambda known: known == name,
+        lambda known: _plain(known) == plain,
+        lambda known: plain in _plain(known).split(", "),
+    ):
+        indices = [int(index) for index, known in names.items() if is_meant(known)]
+        if len(indices) > 1:
+            raise ValueError(f"several categories are named {name!r}: give one of their indices, {indices}")
+        if indices:
+            return indices[0]
+    known = {_plain(name): name for name in names.values()}
+    containing = [key for key in known if plain in key]
+    close = containing + difflib.get_close_matches(plain, known, n=5, cutoff=0.4)
+    shown = [known[key] for key in dict.fromkeys(close)] or list(known.values())
+    raise ValueError(f"the model has no category {name!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
+
+
+def _plain(name):
+    return name.lower().replace("_", " ")
+
+
+def top_categories(model, pixel_values, k=4):
+    """The categories to which a model gives the highest scores for one image.
+
+    Args:
+        model: a transformers classification model with a `config.id2label`.
+        pixel_values: one image, float tensor (1, 3, height, width).
+        k: how many.
+
+    Returns:
+        A pandas DataFrame, best first: a row a category, with its "score" (a logit, if the model gives logits).
+
+    Raises:
+        ValueError: pixel_values of another shape.
+    """
+    check_picture(pixel_values)
+    scorer = LogitsModel(model)
+    with frozen(scorer), torch.no_grad():
+        scores, indices = scorer(pixel_values)[0].topk(k)
+    names = [model.config.id2label[int(i)] for i in indices]
+    return pd.DataFrame({"score": scores.cpu().numpy()}, index=names)
 
 
 def check_picture(pixel_values):

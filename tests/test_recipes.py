@@ -1,0 +1,163 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from published import PUBLISHED
+from torch import nn
+from transformers import AutoModelForImageClassification, SegformerConfig, SegformerForSemanticSegmentation
+
+from training.classifier import recipes
+from xai_helpers.cam import explain
+from xai_helpers.checkpoints import HUB
+from xai_helpers.concepts import factorize
+from xai_helpers.layers import find_target_layers
+from xai_helpers.recipes import RECIPES
+from xai_helpers.wrappers import LogitsModel
+
+each_family = pytest.mark.parametrize("name", RECIPES)
+
+# Height and width of images, and the rows and columns that follow from the strides of the bundled models, 16 in all.
+# Where a side is no multiple of 16, convolutions with padding and Swin's padded patches round up: 72 / 16 gives 5.
+SIZES = [((128, 128), (8, 8)), ((96, 160), (6, 10)), ((72, 104), (5, 7))]
+CUT = {"convnext": (4, 6), "vit": (4, 6)}  # these two cut the picture into patches and drop what is left over
+
+
+def picture(height, width):
+    """A random image without fine detail, (1, 3, height, width)."""
+    coarse = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+
+
+def build(config, pixel_values):
+    """A random model in eval mode. Its batch norms know this image, else nothing of it would reach the scores."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageClassification.from_config(config).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            nn.init.ones_(norm.weight)
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(pixel_values.repeat(2, 1, 1, 1))
+    return model.eval()
+
+
+def bundled_like(name):
+    """A random model of the bundled shape. The ViT is told to stretch its positions to the image."""
+    model = build(recipes()[name].config, picture(128, 128))
+    return LogitsModel(model, interpolate_pos_encoding=True) if name == "vit" else model
+
+
+def run(model, pixel_values, layers):
+    """The scores of the image, and what each of the layers puts out, reshaped as its entry says."""
+    outputs = {}
+    handles = [
+        layer.module.register_forward_hook(lambda _, inputs, output, i=i: outputs.update({i: output}))
+        for i, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        scores = LogitsModel(model)(pixel_values)[0]
+    for handle in handles:
+        handle.remove()
+    return scores, [
+        layer.reshape_transform(outputs[i]) if layer.reshape_transform else outputs[i] for i, layer in enumerate(layers)
+    ]
+
+
+def check_recipe(name, model, pixel_values, grid):
+    """Both layers give the wanted grid, and explain and factorize maps that are finite and not constant."""
+    recipe, size = RECIPES[name], tuple(pixel_values.shape[2:])
+    cam, dff = recipe.cam(model, pixel_values), recipe.dff(model, pixel_values)
+    scores, outputs = run(model, pixel_values, [cam, dff])
+    assert [(output.ndim, tuple(output.shape[2:])) for output in outputs] == [(4, grid), (4, grid)]
+
+    with warnings.catch_warnings():
+        if name == "cvt":  # its last stage has counted the rows of the batch before its blocks run
+            warnings.filterwarnings("ignore", "the model cannot be forked")
+        # The highest scores: for others there may be nothing but evidence against them, which is an empty map.
+        maps = explain(model, pixel_values, scores.topk(2).indices, cam.module, cam.reshape_transform)
+    check_maps(maps, size)
+    head = recipe.concept_head(model)
+    concepts = factorize(model, pixel_values, dff.module, head, dff.reshape_transform, n_concepts=2)
+    check_maps(concepts.maps, size)
+    assert concepts.scores.shape == (2, len(scores)) and np.isfinite(concepts.scores).all()
+
+
+def check_maps(maps, size):
+    assert maps.shape == (2, *size) and np.isfinite(maps).all()
+    assert (maps.min(axis=(1, 2)) < 0.1).all() and (maps.max(axis=(1, 2)) > 0.9).all()
+
+
+def test_every_described_family_has_a_checkpoint():
+    assert set(RECIPES) == set(HUB) == set(PUBLISHED)
+    assert {name: recipe.hub_checkpoint for name, recipe in RECIPES.items()} == HUB
+
+
+@each_family
+@pytest.mark.parametrize(("size", "grid"), SIZES)
+def test_recipe_fits_the_bundled_shape_at_every_size(name, size, grid):
+    grid = CUT.get(name, grid) if size == (72, 104) else grid
+    check_recipe(name, bundled_like(name), picture(*size), grid)
+
+
+@each_family
+def test_a_concept_head_says_what_the_model_says_of_a_picture_of_the_concept_alone(name):
+    pixel_values = picture(224, 224)  # the size that the head of the CvT assumes
+    model = bundled_like(name)
+    layer, concepts = RECIPES[name].dff(model, pixel_values), []
+
+    def overwrite(module, inputs, output):
+        concepts.append(torch.randn(output.shape[1 if output.ndim == 4 else 2]))
+        return (concepts[0][:, None, None] if output.ndim == 4 else concepts[0]).expand_as(output)
+
+    handle = layer.module.register_forward_hook(overwrite)
+    with torch.no_grad():
+        wanted = LogitsModel(model)(pixel_values)
+        handle.remove()
+        found = RECIPES[name].concept_head(model)(torch.stack([concepts[0], torch.zeros_like(concepts[0])]))
+    torch.testing.assert_close(found[:1], wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+@each_family
+def test_recipe_is_what_the_finder_chooses_or_says_why_not(name):
+    model, pixel_values, recipe = bundled_like(name), picture(128, 128), RECIPES[name]
+    report = find_target_layers(model, pixel_values)
+    assert set(recipe.differs) <= {"cam", "dff"}
+    for use in ("cam", "dff"):
+        described, found = getattr(recipe, use)(model, pixel_values), getattr(report, use)
+        assert model.get_submodule(described.path) is described.module
+        assert (described.path != found.path) == (use in recipe.differs)
+        if use not in recipe.differs:
+            _, maps = run(model, pixel_values, [described, found])
+            assert torch.equal(*maps)
+
+
+@each_family
+def test_another_model_is_refused(name):
+    other = build(recipes()["regnet" if name == "resnet" else "resnet"].config, picture(64, 64))
+    message = f"recipe for {name} does not fit a {type(other).__name__}.*load\\('{name}'\\).*find_target_layers"
+    for call in (RECIPES[name].cam, RECIPES[name].dff):
+        with pytest.raises(ValueError, match=message):
+            call(other, picture(64, 64))
+    with pytest.raises(ValueError, match=message):
+        RECIPES[name].concept_head(other)
+
+
+def test_a_model_for_another_task_is_refused():
+    model = SegformerForSemanticSegmentation(SegformerConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8]))
+    with pytest.raises(ValueError, match="does not fit a SegformerForSemanticSegmentation"):
+        RECIPES["segformer"].cam(model, picture(64, 64))
+
+
+@pytest.mark.slow
+@each_family
+def test_recipe_fits_the_published_shape(name):
+    published = PUBLISHED[name]
+    pixel_values = picture(published.side, published.side)
+    model = build(published.config, pixel_values)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published.millions, abs=0.05)
+    check_recipe(name, model, pixel_values, (published.positions, published.positions))
