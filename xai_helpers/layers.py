@@ -24,6 +24,10 @@ NO_GRADIENT = (
     "the scores have no gradient: something between the image and the scores cuts them off, such as torch.no_grad(), "
     ".detach() or whole numbers; explain a model through which gradients flow"
 )
+ZERO_GRADIENT = (
+    "the gradient of the scores is zero everywhere, as in an untrained model whose head starts at zero: load trained "
+    "weights, or give the head's weight random values"
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def find_target_layers(model, pixel_values):
         A `LayerReport`: its `cam` and `dff` are the chosen ones, each a `TargetLayer`; a notebook shows a table.
 
     Raises:
-        ValueError: no layer passes; the scores have no gradient; pixel_values of another shape.
+        ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape.
     """
     check_picture(pixel_values)
     scorer = LogitsModel(model)
@@ -262,7 +266,8 @@ def _layers_with_positions(scorer, paths, image):
         calls[module] = calls.get(module, 0) + 1
         steps[0] += not any(module.children())
         for place, value in [*enumerate(inputs), *options.items(), (None, output)]:
-            if isinstance(value, torch.Tensor) and value.shape[:1] == rows.shape[:1] and (value[1:] != value[:1]).any():
+            is_batch = isinstance(value, torch.Tensor) and value.shape[:1] == rows.shape[:1]
+            if is_batch and not torch.equal(value[0], value[1]):
                 dependent.add((module, place))
         tensor = _tensor_in(output)
         if tensor is None or len(tensor) != len(rows):  # windows are rows of the batch too
@@ -305,10 +310,12 @@ def _follow_evidence(scorer, dependent, layers, image):
         layer.share = _positions_with_gradient(gradient, layer.reading)
 
     score, leaves = _some_score(scorer, dependent, image, by_module, watch)
-    torch.autograd.grad(score, leaves, allow_unused=True)
+    gradients = torch.autograd.grad(score, leaves, allow_unused=True)
     through, in_all = _count_ways(score, leaves)
     if not in_all:
         raise ValueError(NO_GRADIENT)
+    if not any(gradient is not None and gradient.any() for gradient in gradients):
+        raise ValueError(ZERO_GRADIENT)
     for layer in layers:
         layer.depends = outputs.get(layer) in through
         layer.flows_around = through.get(outputs.get(layer), 0) != in_all
@@ -440,15 +447,13 @@ def _best_reading(tensor, image_size):
     """How a tensor can be read as maps: (whether it changes where the image does, reading); None if it cannot."""
     results = []
     for layout, prefix, (rows, columns) in _readings(tuple(tensor.shape), tuple(image_size)):
-        changes = (tensor[1:] - tensor[:1]).float().norm(dim=1 if layout == "channels first" else -1).cpu()
+        changes = (tensor[1:].float() - tensor[:1].float()).norm(dim=1 if layout == "channels first" else -1).cpu()
         changes = changes.unflatten(0, (DRAWS, len(PATCHES))).mean(dim=0)
-        if (
-            layout == "tokens"
-        ):  # from each start that leaves enough of them: the prefix has to be the best, or close to it
-            starts = [changes[:, i : i + rows * columns].unflatten(1, (rows, columns)) for i in range(prefix + 1)]
-        else:
-            starts = [changes]
-        *_, ratios = found = [_locality(start) for start in starts]
+        maps = [changes]
+        if layout == "tokens":  # cut out from every start up to the one in question, which should be the best
+            n = rows * columns
+            maps = [changes[:, start : start + n].unflatten(1, (rows, columns)) for start in range(prefix + 1)]
+        *_, ratios = found = [_locality(changes) for changes in maps]
         *_, mean = means = [ratios.log().mean().exp().item() for ratios in found]
         is_local = ratios.min().item() > 1 and mean > max(1.05, 0.97 * max(means))
         results.append((is_local, mean, (layout, prefix, (rows, columns))))
