@@ -1,8 +1,8 @@
 """The table of described families: which layers to explain, and what the head makes of a concept.
 
 `find_target_layers` finds layers in any model by trying. Here stands what is known of eight families from reading them.
-These are layers that can be explained. Which layer points best is a question of score: for Swin, SegFormer and CvT the
-chapters find others that do better.
+These are layers that can be explained. Which layer points best is a question of score: for the bundled Swin, SegFormer
+and CvT the chapters find others that do better.
 """
 
 import dataclasses
