@@ -2,10 +2,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from xai_helpers.pictures import read_picture, seen_box
+from xai_helpers.pictures import read_picture, seen_box, widened
 
 EXIF_ORIENTATION = 0x0112
 
@@ -169,3 +170,14 @@ def test_seen_box_leaves_the_processor_as_it_was():
     seen_box(BGR, (64, 48))
     red = BGR(Image.new("RGB", (64, 48), RED), return_tensors="np")["pixel_values"][0]
     assert red[:, 0, 0].tolist() == [0, 0, 1]
+
+
+def test_a_widened_input_and_its_picture_stay_together():
+    left_half = np.zeros((8, 8, 3), np.uint8)
+    left_half[:, :4] = 255
+    pixels = torch.from_numpy(left_half).permute(2, 0, 1)[None] / 255
+    wide, image = widened(pixels, Image.fromarray(left_half))
+    assert wide.shape == (1, 3, 8, 12) and image.size == (12, 8)
+    for columns, value in ((slice(0, 5), 1), (slice(7, 12), 0)):  # the edge lies at 6 of 12
+        assert wide[..., columns].sub(value).abs().max() < 0.15
+        assert np.abs(np.asarray(image)[:, columns] / 255 - value).max() < 0.15

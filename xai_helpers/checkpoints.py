@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene
@@ -26,6 +26,12 @@ HUB = {
     "swin": "microsoft/swin-large-patch4-window12-384-in22k",
     "segformer": "nvidia/mit-b0",
     "cvt": "microsoft/cvt-13",
+}
+
+#: The same for the CLIPs, which `PromptClassifier` makes classifiers of.
+CLIPS = {
+    "clip-base": "openai/clip-vit-base-patch32",
+    "clip-large": "openai/clip-vit-large-patch14",
 }
 
 #: Category of the scenes -> its name among ImageNet's 1000. They have no coin, astronaut or pagoda. The label set of
@@ -55,30 +61,35 @@ def load(name, weights=None, device=None):
     """Load a model, in eval mode, and its processor.
 
     Args:
-        name: a family of `HUB`, such as "resnet" or "vit".
+        name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`.
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
         device: where the model goes, as in `torch.device`. None leaves it on the CPU.
 
     Returns:
-        (model, processor): a transformers model for image classification in float32, and its image processor.
+        (model, processor): a transformers model for image classification in float32, and its image processor; for one
+        of `CLIPS` a CLIPModel, and a processor of pictures and texts.
 
     Raises:
         ValueError: an unknown name.
         OSError: the checkpoint is not there and cannot be fetched.
     """
-    if name not in HUB:
-        raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(HUB)}.")
+    published = HUB | CLIPS
+    if name not in published:
+        raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(published)}.")
+    model_class, processor_class, trained_by = AutoModelForImageClassification, AutoImageProcessor, "classifier"
+    if name in CLIPS:
+        model_class, processor_class, trained_by = AutoModel, AutoProcessor, "clip"
     weights = chosen_weights(weights)
-    source = {"bundled": BUNDLED / name, "hub": HUB[name]}.get(weights, weights)
+    source = {"bundled": BUNDLED / name, "hub": published[name]}.get(weights, weights)
     if weights == "bundled" and not source.is_dir():
         raise OSError(
             f"The checkpoint {name!r} is not bundled yet. In a clone of the project, train it: python -m "
-            f'training.classifier {name}; or use the published one: load({name!r}, weights="hub").'
+            f'training.{trained_by} {name}; or use the published one: load({name!r}, weights="hub").'
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(source)
-        model = AutoModelForImageClassification.from_pretrained(
+        processor = processor_class.from_pretrained(source)
+        model = model_class.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True if weights == "bundled" else None
         )
     except OSError as error:
@@ -176,7 +187,7 @@ def as_example(scene, model, processor):
     if unknown:
         raise ValueError(f"The model has no category for {', '.join(unknown)}; it has one for {', '.join(names)}.")
     seen = as_seen(scene, processor)
-    pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(model.device)
     return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 RAMP_START, RAMP_SPAN = 10, 235  # of the colours by which `seen_box` marks coordinates
@@ -85,3 +86,18 @@ def seen_box(processor, size):
         edges.append((float(offset), float(offset + slope * out.shape[2 - channel])))
     (left, right), (top, bottom) = edges
     return left, top, right, bottom
+
+
+def widened(pixel_values, image):
+    """Stretches an input and its picture to one and a half times their width, to try a recipe on another shape.
+
+    Args:
+        pixel_values: float tensor (batch, channels, height, width).
+        image: the PIL image of what the model sees there.
+
+    Returns:
+        Both, stretched alike. Masks of the picture keep to the maps: `show_maps` and `hits` bring them to their size.
+    """
+    height, width = pixel_values.shape[2:]
+    wide = torch.nn.functional.interpolate(pixel_values, size=(height, width * 3 // 2), mode="bicubic")
+    return wide, image.resize((image.width * 3 // 2, image.height))

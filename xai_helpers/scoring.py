@@ -57,8 +57,7 @@ def hits(maps, masks):
 
     Returns:
         bool, (n_categories,). A map that is zero everywhere is a miss. Where the maximum is reached at several
-        pixels, most of them must
-        lie on the object.
+        pixels, most of them must lie on the object.
 
     Raises:
         ValueError: the shapes do not pair up, or a map has negative or non-finite values.

@@ -4,8 +4,7 @@
     scene.image, scene.categories, scene.masks, scene.boxes
 
 The objects are cut out of photos that scikit-image and scikit-learn ship. Distractors are pasted beside them in the
-same
-way, so that a pasted edge is no evidence for any category.
+same way, so that a pasted edge is no evidence for any category.
 """
 
 from dataclasses import dataclass
@@ -62,6 +61,11 @@ class Scene:
 def labels():
     """The categories of the scenes, in the order of the bundled checkpoints' outputs."""
     return list(cutouts.OBJECTS)
+
+
+def with_article(name):
+    """A category's name with its indefinite article, as a caption or a prompt has it: "a cat", "an astronaut"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def natural(name):
