@@ -46,7 +46,7 @@ def test_saved_checkpoint_loads_with_the_same_scores_in_half_precision(runs):
 
 
 def test_training_scenes_are_those_of_the_training_split():
-    _, picture, target = classifier.training_scene(9)  # the tenth of every twenty has one object
+    _, picture, target, facts = classifier.training_scene(9)  # the tenth of every twenty has one object
     scene = make_scene(9, 1, 128, split="train")
     assert (picture == np.asarray(scene.image)).all()
     assert [labels()[i] for i in np.flatnonzero(target)] == scene.categories
@@ -54,8 +54,8 @@ def test_training_scenes_are_those_of_the_training_split():
 
 def test_shifts_and_flips_keep_the_picture(runs):
     scenes = classifier.Scenes(16).make()
-    pictures, targets = next(scenes.batches(16, np.random.default_rng(0)))
-    assert pictures.shape == (16, 3, 128, 128) and targets.sum(dim=1).max() <= 3
+    pictures, rows, flip = next(scenes.batches(16, np.random.default_rng(0)))
+    assert pictures.shape == (16, 3, 128, 128) and sorted(rows) == list(range(16)) and 0 < flip.sum() < 16
     # A shift by at most 8 pixels and a flip change where things are, hardly which colours there are.
     means = (scenes.pictures.mean(axis=(1, 2)) / 255 - 0.5) / 0.5
     found = pictures.mean(dim=(2, 3)).numpy()

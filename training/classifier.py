@@ -6,17 +6,15 @@ last epoch (training/runs/<name>/). It uses a GPU where there is one.
 
 import argparse
 import contextlib
+import functools
 import hashlib
-import math
 import multiprocessing
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (
@@ -32,6 +30,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from training.captions import facts_of
+from training.fit import fit
 from training.report import MEAN, SIDE, STD, normalised, report, score
 from xai_helpers.scenes import labels, make_scene
 
@@ -191,21 +191,25 @@ def recipes():
 
 
 class Scenes:
-    """The training scenes, made once into files that every run reads."""
+    """The training scenes, made once into files that every run reads.
 
-    def __init__(self, n):
-        self.n = n
-        self.pictures, self.targets, self.done = (
+    `pictures`, `targets` (which categories are there) and `facts` (see `training.captions`) have a row a scene.
+    """
+
+    def __init__(self, n, side=SIDE):
+        self.n, self.side = n, side
+        self.pictures, self.targets, self.facts, self.done = (
             self._file(name, shape, kind)
             for name, shape, kind in (
-                ("pictures", (n, SIDE, SIDE, 3), np.uint8),
+                ("pictures", (n, side, side, 3), np.uint8),
                 ("targets", (n, len(labels())), np.uint8),
+                ("facts", (n, len(labels()) + 1, 3), np.float32),
                 ("done", (n,), np.uint8),
             )
         )
 
     def _file(self, name, shape, kind):
-        path = RUNS / f"scenes-{self.n}-{name}.bin"
+        path = RUNS / f"scenes-{self.n}-{self.side}-{name}.bin"
         path.parent.mkdir(parents=True, exist_ok=True)
         return np.memmap(path, kind, mode="r+" if path.exists() else "w+", shape=shape)
 
@@ -213,34 +217,37 @@ class Scenes:
         """Make the scenes that are missing."""
         missing = np.flatnonzero(self.done == 0).tolist()
         with contextlib.ExitStack() as stack:
-            made = map(training_scene, missing)
+            one = functools.partial(training_scene, side=self.side)
+            made = map(one, missing)
             if len(missing) > 1000:  # fresh processes: one that is forked hangs where cv2 had started its threads
                 fresh = multiprocessing.get_context("spawn")
                 pool = stack.enter_context(fresh.Pool(initializer=cv2.setNumThreads, initargs=(1,)))
-                made = pool.imap_unordered(training_scene, missing, chunksize=64)
-            for i, picture, target in tqdm(made, total=len(missing), desc="scenes", mininterval=5):
-                self.pictures[i], self.targets[i], self.done[i] = picture, target, 1
+                made = pool.imap_unordered(one, missing, chunksize=64)
+            for i, picture, target, facts in tqdm(made, total=len(missing), desc="scenes", mininterval=5):
+                self.pictures[i], self.targets[i], self.facts[i], self.done[i] = picture, target, facts, 1
         return self
 
     def batches(self, size, rng, shift=8):
-        """One epoch: normalised pictures, flipped and shifted at random, and their targets."""
+        """One epoch: normalised pictures, flipped and shifted at random; their rows; and which of them were flipped."""
         order = rng.permutation(self.n)
         for start in range(0, self.n - size + 1, size):
             rows = np.sort(order[start : start + size])
             pictures = np.pad(self.pictures[rows], ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
             windows = rng.integers(0, 2 * shift + 1, (size, 2))
-            pictures = np.stack([p[y : y + SIDE, x : x + SIDE] for p, (y, x) in zip(pictures, windows, strict=True)])
+            pictures = np.stack(
+                [p[y : y + self.side, x : x + self.side] for p, (y, x) in zip(pictures, windows, strict=True)]
+            )
             flip = rng.random(size) < 0.5
             pictures[flip] = pictures[flip, :, ::-1]
-            yield normalised(pictures, DEVICE), torch.from_numpy(self.targets[rows].astype(np.float32)).to(DEVICE)
+            yield normalised(pictures, DEVICE), rows, flip
 
 
-def training_scene(i):
-    """Scene number i of the training split: its pixels and its target vector."""
+def training_scene(i, side=SIDE):
+    """Scene number i of the training split: its pixels, its target vector and its facts."""
     objects = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3][i % 20]
-    scene = make_scene(i, objects, SIDE, distractors=1 + i // 20 % 3 if objects == 0 else None, split="train")
+    scene = make_scene(i, objects, side, distractors=1 + i // 20 % 3 if objects == 0 else None, split="train")
     target = np.isin(labels(), scene.categories)
-    return i, np.asarray(scene.image), target
+    return i, np.asarray(scene.image), target, facts_of(scene)
 
 
 def taught(teacher, scenes, batch=100):
@@ -262,56 +269,37 @@ def taught(teacher, scenes, batch=100):
 
 def train(name, n_scenes, epochs=None, seed=0, batch=64):
     """Train, resuming where a run was stopped. Returns the model and the seconds that training took."""
-    recipe, state_file = recipes()[name], RUNS / name / "state.pt"
-    epochs = epochs or recipe.epochs
-    state_file.parent.mkdir(parents=True, exist_ok=True)
+    recipe = recipes()[name]
     torch.manual_seed(seed)
     model = AutoModelForImageClassification.from_config(recipe.config).to(DEVICE, memory_format=torch.channels_last)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}], lr=recipe.rate
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, epochs * (n_scenes // batch), pct_start=0.1)
-    first, seconds = 0, 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        for key, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
-            part.load_state_dict(state[key])
-        first, seconds = state["epoch"], state["seconds"]
-    if first < epochs:
+
+    @functools.cache
+    def scenes_and_targets():
         scenes = Scenes(n_scenes).make()
-        if recipe.teacher:
-            scenes.targets = (scenes.targets + taught(recipe.teacher, scenes)) / 2
-    for epoch in range(first, epochs):
-        start, rng, losses = time.perf_counter(), np.random.default_rng([seed, epoch]), []
-        model.train()
-        for pictures, targets in tqdm(
-            scenes.batches(batch, rng), total=n_scenes // batch, desc=f"epoch {epoch + 1}/{epochs}", mininterval=10
-        ):
-            loss = F.binary_cross_entropy_with_logits(model(pixel_values=pictures).logits, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-        if not math.isfinite(sum(losses)):
-            raise RuntimeError(f"The loss became {losses[-1]} in epoch {epoch + 1}: lower the rate.")
-        seconds += time.perf_counter() - start
-        torch.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "epoch": epoch + 1,
-                "seconds": seconds,
-            },
-            state_file,
+        return scenes, (scenes.targets + taught(recipe.teacher, scenes)) / 2 if recipe.teacher else scenes.targets
+
+    def batches(rng):
+        scenes, targets = scenes_and_targets()
+        return (
+            (pictures, torch.from_numpy(targets[rows].astype(np.float32)).to(DEVICE))
+            for pictures, rows, _ in scenes.batches(batch, rng)
         )
-        quick = score(model, "validation", n=300)
-        print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, {seconds:.0f} s, {quick}", flush=True)
+
+    seconds = fit(
+        model,
+        RUNS / name / "state.pt",
+        batches,
+        lambda model, pictures, targets: F.binary_cross_entropy_with_logits(
+            model(pixel_values=pictures).logits, targets
+        ),
+        lambda model: score(model, "validation", n=300),
+        epochs=epochs or recipe.epochs,
+        steps=n_scenes // batch,
+        rate=recipe.rate,
+        decay=recipe.decay,
+        seed=seed,
+    )
     return model, seconds
 
 

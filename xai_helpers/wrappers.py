@@ -3,6 +3,8 @@
 import contextlib
 import difflib
 import numbers
+import types
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -44,6 +46,104 @@ class LogitsModel(torch.nn.Module):
                 "forward returns the scores"
             )
         return scores
+
+
+SCORES = {
+    "similarity": lambda logits: logits,
+    "contrast": lambda logits: logits - logits.mean(dim=1, keepdim=True),
+    "softmax": lambda logits: logits.softmax(dim=1),
+}
+
+
+class PromptClassifier(torch.nn.Module):
+    """A CLIP as a classifier: its categories are prompts, its scores say how well each fits the image.
+
+    The texts are embedded once, when it is made; a forward pass runs the image tower only, and is differentiable with
+    respect to the image. (Radford et al.: Learning Transferable Visual Models From Natural Language Supervision,
+    ICML 2021)
+
+    Args:
+        clip: a `CLIPModel` of transformers. It is left as it is.
+        processor: its processor, whose tokenizer reads the prompts.
+        prompts: a text or several, which are the names of the categories; or a dict, name -> text.
+        scores: "similarity": the cosine of image and text, times the model's own temperature. It knows nothing of the
+            other prompts. "contrast": the similarity minus the mean over all prompts. "softmax": the shares that add
+            up to 1. The last two depend on all the prompts.
+
+    Attributes:
+        prompts: name -> text.
+        text_embeds: float tensor (n_prompts, projection_dim), of unit length.
+        config: its `id2label` has the names, so `explain` and `relevance` take them as categories.
+
+    Raises:
+        ValueError: no prompt, one that is no string, one that is longer than the context, or unknown `scores`.
+
+    Warns:
+        UserWarning: the tokenizer does not know a word of a prompt and reads it as its unknown token.
+    """
+
+    def __init__(self, clip, processor, prompts, scores="similarity"):
+        super().__init__()
+        if scores not in SCORES:
+            raise ValueError(f"scores is one of {', '.join(map(repr, SCORES))}, not {scores!r}")
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        self.prompts = dict(prompts) if isinstance(prompts, dict) else {prompt: prompt for prompt in prompts}
+        tokens = _tokens(clip, processor, list(self.prompts.values()))
+        with frozen(clip), torch.no_grad():
+            embeds = clip.get_text_features(**tokens).pooler_output
+        self.clip = clip
+        self.scores = scores
+        self.register_buffer("text_embeds", torch.nn.functional.normalize(embeds, dim=-1), persistent=False)
+        self.config = types.SimpleNamespace(id2label=dict(enumerate(self.prompts)))
+
+    @property
+    def device(self):
+        """Where the model is."""
+        return self.clip.device
+
+    def grid(self, pixel_values):
+        """Rows and columns of the patches into which the image tower cuts images (batch, channels, height, width)."""
+        patch = self.clip.config.vision_config.patch_size
+        return tuple(side // patch for side in pixel_values.shape[2:])
+
+    def forward(self, pixel_values):
+        """Maps images (batch, channels, height, width) to scores (batch, n_prompts).
+
+        Of another size than the model was trained on, its position embeddings are interpolated.
+        """
+        size = self.clip.config.vision_config.image_size
+        other_size = tuple(pixel_values.shape[2:]) != (size, size)
+        embeds = self.clip.get_image_features(pixel_values, interpolate_pos_encoding=other_size).pooler_output
+        cosines = torch.nn.functional.normalize(embeds, dim=-1) @ self.text_embeds.T
+        return SCORES[self.scores](cosines * self.clip.logit_scale.exp())
+
+
+def _tokens(clip, processor, texts):
+    """The tokens of the prompts, on the model's device."""
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong or not texts:
+        found = f"not {type(wrong[0]).__name__}" if wrong else "at least one"
+        raise ValueError(f"prompts are texts such as 'a photo of a cat.', {found}")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    context = clip.config.text_config.max_position_embeddings
+    for text in texts:
+        read = tokenizer(text, return_offsets_mapping=True)
+        if len(read["input_ids"]) > context:
+            raise ValueError(
+                f"the prompt {text[:40] + '...'!r} has {len(read['input_ids'])} tokens; the model reads {context}, the "
+                "marks for start and end included: shorten it"
+            )
+        pairs = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        strange = [text[start:end] for token, (start, end) in pairs if token in unknown]
+        if strange:
+            warnings.warn(
+                f"the tokenizer does not know {', '.join(map(repr, strange))} in {text!r} and reads it as "
+                f"{tokenizer.unk_token}",
+                stacklevel=3,
+            )
+    return tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
 
 
 class CategoryTarget(ClassifierOutputTarget):
