@@ -288,20 +288,21 @@ def test_bundled_model_knows_the_untouched_photos(bundled):
 
 
 def method(name, model):
-    """What points at the objects: the recipe's Grad-CAM, but for transformers what their chapters advise."""
+    """What points at the objects: the recipe's Grad-CAM; for models with transformers what their chapters advise."""
     if name == "vit":
         return lambda pixels, categories: relevance(model, pixels, categories)
-    norms = {  # with the grid of the tokens
+    advised = {  # layer, and the grid of its tokens if it has tokens
         "swin": lambda: (model.swin.encoder.layers[-1].blocks[0].layernorm_before, (8, 8)),
         "segformer": lambda: (model.segformer.stages[-1].blocks[0].layernorm_before, (8, 8)),
         "cvt": lambda: (model.cvt.encoder.stages[-2].layers[-1].layernorm_before, (16, 16)),
+        "mobilevit": lambda: (model.mobilevit.encoder.layer[-3].downsampling_layer, None),
     }
 
     def maps(pixels, categories):
-        if name in norms:
-            norm, grid = norms[name]()
-            reshape = functools.partial(tokens_to_map, grid=grid, prefix=0)
-            return explain(model, pixels, categories, norm, reshape, method=HiResCAM)
+        if name in advised:
+            layer, grid = advised[name]()
+            reshape = grid and functools.partial(tokens_to_map, grid=grid, prefix=0)
+            return explain(model, pixels, categories, layer, reshape, method=HiResCAM)
         layer = RECIPES[name].cam(model, pixels)
         return explain(model, pixels, categories, layer.module, layer.reshape_transform, method=GradCAM)
 
@@ -309,7 +310,7 @@ def method(name, model):
 
 
 # Pointing that is to be reached, and pointing at the other object that is not to be exceeded.
-POINTING = {"swin": (0.7, 0.15), "segformer": (0.65, 0.15), "cvt": (0.65, 0.2)}
+POINTING = {"mobilevit": (0.7, 0.2), "swin": (0.7, 0.15), "segformer": (0.65, 0.15), "cvt": (0.65, 0.2)}
 
 
 @pytest.mark.filterwarnings("ignore:the model cannot be forked")  # Swin and CvT count the rows before their norms
