@@ -284,6 +284,9 @@ def report(folder, recipe, how, seconds):
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     cores = torch.get_num_threads()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
+    begun = f"The image tower started from the bundled {recipe.start}, which was"
+    if recipe.start != "vit":
+        begun = f"It started from the bundled {recipe.start}, whose image tower started from a ViT that was"
     scores = "".join(f"| {name} | {value:.3f} |\n" for name, value in test.items())
     card = f"""# {folder.name}
 
@@ -295,8 +298,8 @@ other word is the unknown one.
 so the model recognises this cat and this cup, not cats and cups. It is for learning how explanations work, and for
 nothing else.
 
-**Its zero-shot scores are not zero-shot in the strict sense.** It started from the bundled {recipe.start}; the first in
-that line, a ViT, was trained to name the same categories, and the captions name them, too.
+**Its zero-shot scores are not zero-shot in the strict sense.** {begun} trained to
+name the same categories, and the captions name them, too.
 
 Recipe: {how} Masks were never shown to it; the captions' words for places and sizes were worked out from them.
 Made by `python -m training.clip {folder.name}` in {seconds / 60:.0f} minutes on {machine}
