@@ -50,6 +50,7 @@ def test_training_scenes_are_those_of_the_training_split():
     scene = make_scene(9, 1, 128, split="train")
     assert (picture == np.asarray(scene.image)).all()
     assert [labels()[i] for i in np.flatnonzero(target)] == scene.categories
+    assert ((facts[:-1, 0] > 0) == target).all()
 
 
 def test_shifts_and_flips_keep_the_picture(runs):

@@ -5,7 +5,6 @@ was stopped goes on from its last epoch (training/runs/<name>/). It uses a GPU w
 """
 
 import argparse
-import platform
 import re
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from transformers import (
 from training.captions import UNKNOWN, caption, flipped, truth, vocabulary
 from training.classifier import BUNDLED, DEVICE, RUNS, Scenes, training_scene
 from training.fit import fit
-from training.report import MEAN, SIDE, STD, normalised
+from training.report import INSTANCES, MEAN, SIDE, STD, made_by, normalised
 from xai_helpers.scenes import labels, make_scene, with_article
 
 START, PADDING, END = "<|startoftext|>", "<|padding|>", "<|endoftext|>"
@@ -282,8 +281,6 @@ def report(folder, recipe, how, seconds):
     test = zero_shot(model, CLIPProcessor.from_pretrained(folder), "test")
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    cores = torch.get_num_threads()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
     begun = f"The image tower started from the bundled {recipe.start}, which was"
     if recipe.start != "vit":
         begun = f"It started from the bundled {recipe.start}, whose image tower started from a ViT that was"
@@ -294,16 +291,13 @@ A CLIP; {recipe.what}; {parameters / 1e6:.2f} million parameters, {size / 1e6:.1
 Input: {recipe.side} x {recipe.side} pixels and a text of up to {CONTEXT - 2} words out of {len(vocabulary())}. Any
 other word is the unknown one.
 
-**It knows instances, not categories.** Every training scene shows the same few cut-outs ({", ".join(labels())}),
-so the model recognises this cat and this cup, not cats and cups. It is for learning how explanations work, and for
-nothing else.
+{INSTANCES}
 
 **Its zero-shot scores are not zero-shot in the strict sense.** {begun} trained to
 name the same categories, and the captions name them, too.
 
 Recipe: {how} Masks were never shown to it; the captions' words for places and sizes were worked out from them.
-Made by `python -m training.clip {folder.name}` in {seconds / 60:.0f} minutes on {machine}
-({platform.machine()}), shared with other work; the making of the scenes is not counted.
+{made_by("clip", folder.name, seconds)}
 
 Scores on 2,000 test scenes (1,000 with one object, 1,000 with two) with eight prompts, "a photo of a cat." and so on.
 Test scenes have distractors of kinds that training never shows.

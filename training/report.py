@@ -11,6 +11,19 @@ from xai_helpers.scenes import PHOTOS, labels, make_scene, natural
 SIDE, MEAN, STD = 128, 0.5, 0.5
 FALSE_ALARMS = 0.02  # share of object-free validation scenes in which the chosen threshold finds an object
 
+INSTANCES = f"""**It knows instances, not categories.** Every training scene shows the same few cut-outs
+({", ".join(labels())}),
+so the model recognises this cat and this cup, not cats and cups. It is for learning how explanations work, and for
+nothing else."""
+
+
+def made_by(module, name, seconds):
+    """Which command made a checkpoint, in what time and on what machine."""
+    cores = torch.get_num_threads()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
+    return f"""Made by `python -m training.{module} {name}` in {seconds / 60:.0f} minutes on {machine}
+({platform.machine()}), shared with other work; the making of the scenes is not counted."""
+
 
 def normalised(pictures, device="cpu"):
     """uint8 (n, side, side, 3) -> float32 (n, 3, side, side) as the processor gives it."""
@@ -75,19 +88,14 @@ def report(folder, what, how, seconds):
     right = sum(row[-1] for row in photos)
     parameters = sum(p.numel() for p in model.parameters())
     size = (folder / "model.safetensors").stat().st_size
-    cores = torch.get_num_threads()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
     card = f"""# {folder.name}
 
 {what}; {parameters / 1e6:.2f} million parameters, {size / 1e6:.1f} MB in half precision. Input: {SIDE} x {SIDE} pixels.
 
-**It knows instances, not categories.** Every training scene shows the same few cut-outs ({", ".join(labels())}),
-so the model recognises this cat and this cup, not cats and cups. It is for learning how explanations work, and for
-nothing else.
+{INSTANCES}
 
 Recipe: {how} Masks were never shown to it.
-Made by `python -m training.classifier {folder.name}` in {seconds / 60:.0f} minutes on {machine}
-({platform.machine()}), shared with other work; the making of the scenes is not counted.
+{made_by("classifier", folder.name, seconds)}
 
 Scores on 2,000 test scenes (1,000 with one object, 1,000 with two) and 1,000 more without an object. Test scenes have
 distractors of kinds that training never shows. An object counts as called where its probability is above
