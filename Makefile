@@ -48,9 +48,15 @@ serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001
 # Two workers with one thread each are faster on two cores than two workers that fight for both.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600
 
-test: .venv/ready  ## lint, run every chapter and every test
+# The chapters run as copies, which keep their outputs, and the next `make book` takes them from there.
+RUN = _build/executed
+
+test: .venv/ready $(CACHE_FOR)  ## lint, run every chapter and every test
 	$(BIN)/ruff check .
-	$(PYTEST) $(CHAPTERS) tests
+	rm -rf $(RUN)
+	cp -R notebooks $(RUN)
+	$(PYTEST) --overwrite $(RUN) tests
+	$(BIN)/python book/outputs.py $(RUN)
 
 chapters: .venv/ready  ## run the chapters only (one of them: CHAPTERS=notebooks/recipes/vit.ipynb)
 	$(PYTEST) $(CHAPTERS)

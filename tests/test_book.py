@@ -1,6 +1,7 @@
 """The book's own rules: what every chapter looks like, and that settings, chapters and address are in step."""
 
 import ast
+import copy
 import json
 import re
 import shutil
@@ -10,8 +11,10 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from jupyter_cache import get_cache
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,3 +157,32 @@ def test_requirements_hold_every_direct_requirement():
     for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["book"]):
         assert requirement.name in pins, f"{requirement.name}: run make requirements"
         assert all(requirement.specifier.contains(pin) for pin in pins[requirement.name]), requirement
+
+
+def test_the_book_takes_the_outputs_of_executed_copies(tmp_path):
+    written = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+    written.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    executed = copy.deepcopy(written)
+    (cell,) = executed.cells
+    cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="42\n")], 1
+    start, end = "2026-01-01T10:00:00.500000Z", "2026-01-01T10:00:03.000000Z"
+    cell.metadata["execution"] = {"iopub.execute_input": start, "shell.execute_reply": end}
+    (tmp_path / "chapters/start").mkdir(parents=True)
+    nbformat.write(executed, tmp_path / "chapters/start/page.ipynb")
+
+    def hand_over():
+        command = [sys.executable, ROOT / "book/outputs.py", tmp_path / "chapters", tmp_path / "cache"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert hand_over().returncode == 0
+    cache = get_cache(tmp_path / "cache")
+    _, page = cache.merge_match_into_notebook(written)
+    assert page.cells[0].outputs[0]["text"] == "42\n"
+    assert cache.match_cache_notebook(written).data == {"execution_seconds": 2.5}
+
+    written.cells[0].source += "  # changed"
+    with pytest.raises(KeyError):
+        cache.match_cache_notebook(written)
+    cell.source, cell.execution_count = "stopped()", None
+    nbformat.write(executed, tmp_path / "chapters/start/page.ipynb")
+    assert hand_over().returncode == 1

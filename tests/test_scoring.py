@@ -4,11 +4,13 @@ import torch
 
 from xai_helpers.scoring import (
     Example,
+    bootstrap_interval,
     centre_dots,
     energy_inside,
     hits,
     random_maps,
     resize_masks,
+    score_maps,
     score_table,
     strongest_inside,
 )
@@ -162,6 +164,11 @@ def test_score_table_worked_out_by_hand():
     assert table.loc["mine", "pointing"] == pytest.approx(2 / 4)
     assert table.loc["mine", "energy"] == pytest.approx((1 + 0 + 0.6 + 0) / 4)
     assert table.loc["mine", "on the other"] == pytest.approx(1 / 4)
+    asked.clear()
+    single = score_maps({"mine": method}, examples).loc["mine"]
+    assert list(single.index) == [(0, "cat"), (0, "coin"), (1, "cat"), (1, "coin")]
+    assert single["pointing"].tolist() == [1, 0, 1, 0] and single["on the other"].tolist() == [0, 1, 0, 0]
+    assert single["energy"].tolist() == pytest.approx([1, 0, 0.6, 0])
     # The dot's maximum is the four pixels in the middle: half of them on the left and half on the right are no hit,
     # all of them are on the object in the middle and on the other object of the one at the top.
     assert table.loc["centre dot", "pointing"] == pytest.approx(1 / 4)
@@ -173,3 +180,32 @@ def test_scores_of_the_baselines_do_not_depend_on_the_methods_beside_them():
     alone = score_table({}, examples)
     beside = score_table({"ones": lambda pixel_values, categories: np.ones((2, 4, 4))}, examples)
     np.testing.assert_array_equal(alone, beside.loc[["centre dot", "random map"]])
+
+
+def test_bootstrap_interval_worked_out_by_hand():
+    # The mean of 4 redrawn values of [0, 0, 0, 4] is the number of fours among them: binomial, n = 4, p = 1/4. It is 0
+    # with probability .316, at most 2 with .949, at most 3 with .996.
+    assert bootstrap_interval([0, 0, 0, 4]) == (0, 3)
+    # At most 1 with .738, so the quantiles .3 and .7 are 0 and 1.
+    assert bootstrap_interval([0, 0, 0, 4], level=0.4) == (0, 1)
+    assert bootstrap_interval([2.5] * 7) == (2.5, 2.5)
+
+
+def test_bootstrap_interval_of_many_values_is_that_of_the_normal_distribution():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    half = 1.96 * values.std() / 400**0.5
+    low, high = bootstrap_interval(values, n=20_000)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
+
+
+def test_an_interval_holds_the_true_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).random((300, 60)) < 0.7
+    intervals = [bootstrap_interval(some, n=400) for some in draws]
+    assert 0.89 < np.mean([low <= 0.7 <= high for low, high in intervals]) < 0.99
+
+
+@pytest.mark.parametrize("wrong", [[], [[1, 2], [3, 4]], [1, np.nan], 3])
+def test_bootstrap_interval_wants_a_number_a_scene(wrong):
+    with pytest.raises(ValueError, match=r"\(n_scenes,\).*average the maps of a scene first"):
+        bootstrap_interval(wrong)

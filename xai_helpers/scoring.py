@@ -114,37 +114,70 @@ def centre_dots(n, height, width):
     return np.repeat(dot[None] / dot.max(), n, axis=0)
 
 
-def score_table(methods, examples):
-    """Score methods over examples with known answers, beside the baselines "centre dot" and "random map".
+def score_maps(methods, examples):
+    """Score methods map by map, beside the baselines "centre dot" and "random map".
 
     Args:
         methods: name -> function (pixel_values, categories) -> maps, one a category.
         examples: `Example` objects with at least two objects each.
 
     Returns:
-        A pandas DataFrame, a row a method: "pointing" (share of maps whose maximum lies on the object), "energy"
-        (mean share of the map
-        inside the object), "on the other" (share of maps whose maximum lies on another object of the picture), "maps"
-        (how many).
+        A pandas DataFrame with the index levels "method", "scene" (the number of the example) and "category", a row a
+        map: "pointing" (1 where its maximum lies on the object, else 0), "energy" (share of the map inside the object),
+        "on the other" (1 where its maximum lies on another object of the picture, else 0).
     """
     baselines = {
         "centre dot": lambda pixels, categories: centre_dots(len(categories), *pixels.shape[2:]),
         "random map": lambda pixels, categories: random_maps(len(categories), *pixels.shape[2:], seed=next(seeds)),
     }
-    rows = {}
+    index, rows = [], []
     for name, method in {**methods, **baselines}.items():
         seeds = iter(range(len(examples)))
-        pointing, energy, other = [], [], []
-        for example in examples:
+        for number, example in enumerate(examples):
             maps = method(example.pixel_values, example.categories)
-            others = [np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))]
-            pointing.extend(hits(maps, example.masks))
-            energy.extend(energy_inside(maps, example.masks))
-            other.extend(hits(maps, np.array(others)))
-        rows[name] = {
-            "pointing": np.mean(pointing),
-            "energy": np.mean(energy),
-            "on the other": np.mean(other),
-            "maps": len(pointing),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+            others = np.array([np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))])
+            scores = hits(maps, example.masks), energy_inside(maps, example.masks), hits(maps, others)
+            rows.extend(zip(*scores, strict=True))
+            index.extend((name, number, category) for category in example.categories)
+    index = pd.MultiIndex.from_tuples(index, names=["method", "scene", "category"])
+    return pd.DataFrame(rows, index, ["pointing", "energy", "on the other"], dtype=float)
+
+
+def score_table(methods, examples):
+    """The means of `score_maps`: arguments as there.
+
+    Returns:
+        A pandas DataFrame, a row a method: "pointing" (share of maps whose maximum lies on the object), "energy"
+        (mean share of the map inside the object), "on the other" (share of maps whose maximum lies on another object of
+        the picture), "maps" (how many).
+    """
+    by_method = score_maps(methods, examples).groupby("method", sort=False)
+    return by_method.mean().assign(maps=by_method.size()).rename_axis(None)
+
+
+def bootstrap_interval(values, level=0.95, n=2000, seed=0):
+    """How far a mean over scenes can be trusted: the percentile bootstrap (Efron, Annals of Statistics 1979).
+
+    The scenes are drawn again, as many as there are, with replacement. For two methods or models on the same scenes,
+    give their difference in each scene: what makes a scene hard for both then drops out.
+
+    Args:
+        values: one number a scene, (n_scenes,). Average the maps of a scene first: they are not independent.
+        level: the share of redrawn means inside the interval.
+        n: how often to redraw.
+
+    Returns:
+        (low, high).
+
+    Raises:
+        ValueError: values of another shape, none at all, or one that is not finite.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(
+            f"values of shape {values.shape} are wanted as (n_scenes,), at least one and all finite: average the maps "
+            "of a scene first, and leave out what has no number"
+        )
+    drawn = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
