@@ -48,8 +48,8 @@ serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001
 # Two workers with one thread each are faster on two cores than two workers that fight for both.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600
 
-# The chapters run as copies, which keep their outputs, and the next `make book` takes them from there.
-RUN = _build/executed
+# The chapters run as copies, which keep their outputs for the next `make book`. (nbmake passes over _build.)
+RUN = .executed
 
 test: .venv/ready $(CACHE_FOR)  ## lint, run every chapter and every test
 	$(BIN)/ruff check .
@@ -77,7 +77,7 @@ fork: .venv/ready  ## write another repository address everywhere: REPOSITORY=ht
 	$(BIN)/python book/fork.py "$(REPOSITORY)"
 
 clean:  ## remove everything that was built, but not the environment in .venv
-	rm -rf _build build *.egg-info .pytest_cache .ruff_cache
+	rm -rf _build build $(RUN) *.egg-info .pytest_cache .ruff_cache
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 

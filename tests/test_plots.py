@@ -95,6 +95,19 @@ def test_one_panel_for_the_picture_and_one_a_map(n):
     assert bar.get_ylim() == (0, 1)
 
 
+def test_maps_may_have_sizes_of_their_own():
+    large = np.kron(HEAT[0], np.ones((2, 2), np.float32))
+    figure = show_maps(flat(), [HEAT[0], large], ["small", "large"], answers=ANSWER.repeat(2, axis=0))
+    titles = [ax.get_title() for ax in panels(figure)[1:]]
+    assert titles == ["small\nhit, 75% inside", "large\nhit, 75% inside"]
+
+
+@pytest.mark.parametrize(("n", "grid"), [(1, (1, 2)), (3, (1, 4)), (4, (2, 3)), (5, (2, 3)), (7, (2, 4)), (8, (3, 3))])
+def test_panels_leave_few_places_empty(n, grid):
+    figure = show_maps(flat(), HEAT.repeat(n, axis=0), [str(i) for i in range(n)])
+    assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == grid
+
+
 def test_panels_show_the_picture_and_the_overlays():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
     first, second = panels(show_maps(picture, HEAT, ["cat"]))

@@ -175,6 +175,20 @@ def test_score_table_worked_out_by_hand():
     assert table.loc["centre dot", "on the other"] == pytest.approx(1 / 4)
 
 
+def test_seconds_are_those_of_the_call(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("xai_helpers.scoring.time.perf_counter", lambda: clock[0])
+
+    def method(pixel_values, categories):
+        clock[0] += 1.5 if clock[0] else 0.5
+        return np.ones((2, 4, 4))
+
+    halves = example((slice(0, 2), slice(4)), (slice(2, 4), slice(4)))
+    scores = score_maps({"slow": method}, [halves, halves])
+    assert scores["seconds"].xs("slow").tolist() == [0.5, 0.5, 1.5, 1.5]
+    assert scores["seconds"].xs("centre dot").tolist() == [0] * 4
+
+
 def test_scores_of_the_baselines_do_not_depend_on_the_methods_beside_them():
     examples = [example((slice(0, 2), slice(4)), (slice(2, 4), slice(4)))] * 5
     alone = score_table({}, examples)

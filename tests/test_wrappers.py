@@ -5,11 +5,13 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
+from xai_helpers.cam import explain
 from xai_helpers.wrappers import (
     LogitsModel,
     category_index,
     category_targets,
     check_picture,
+    count_passes,
     frozen,
     layer_path,
     top_categories,
@@ -205,3 +207,30 @@ def test_top_categories_are_the_models_first_ones():
     assert found.index.tolist() == ["cat", "rocket"] and found["score"].tolist() == [30, 20]
     with pytest.raises(ValueError, match="one image at a time"):
         top_categories(Fixed(), torch.zeros(2, 3, 4, 4))
+
+
+def test_passes_are_counted():
+    model, x = tiny_resnet(), torch.randn(3, 3, 32, 32)
+    with count_passes(model) as passed:
+        with torch.no_grad():
+            model(x)
+        scores = model(pixel_values=x[:2]).logits
+        for score in scores[0, :2]:
+            score.backward(retain_graph=True)
+    assert passed == {"pictures": 5, "backward passes": 2}
+    model(x)  # no longer counted
+    assert passed == {"pictures": 5, "backward passes": 2}
+
+
+def test_an_explanation_of_three_categories_is_one_picture_and_one_backward_pass():
+    model, x = tiny_resnet(), torch.randn(1, 3, 32, 32)
+    with count_passes(model) as passed:
+        explain(model, x, range(3), model.resnet.encoder.stages[-1])
+    assert passed == {"pictures": 1, "backward passes": 1}
+
+
+def test_counting_leaves_no_hook_behind_when_the_call_fails():
+    model = tiny_resnet()
+    with pytest.raises(ValueError, match="wrong"), count_passes(model):
+        raise ValueError("wrong")
+    assert not model._forward_hooks and not model._forward_pre_hooks

@@ -46,10 +46,9 @@ def show_maps(image, maps, titles, answers=None):
 
     Args:
         image: the picture that the model saw (see `scenes.as_seen`), at any resolution.
-        maps: (n, height, width) in [0, 1].
+        maps: (n, height, width) in [0, 1], or n maps that have sizes of their own, such as those of several models.
         titles: one a map.
-        answers: bool masks (n, height, width), one a map: drawn as outlines, and the title says whether the map's
-            maximum lies inside
+        answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
             ("hit" or "miss") and which share of the map does ("inside").
 
     Returns:
@@ -58,15 +57,16 @@ def show_maps(image, maps, titles, answers=None):
     Raises:
         ValueError: the numbers of maps, titles and answers differ.
     """
-    maps, titles = np.asarray(maps), [titles] if isinstance(titles, str) else list(titles)
+    maps, titles = [np.asarray(one) for one in maps], [titles] if isinstance(titles, str) else list(titles)
     if len(maps) != len(titles) or (answers is not None and len(answers) != len(maps)):
         raise ValueError(
             f"{len(maps)} maps need as many titles and answers, "
             f"not {len(titles)} and {'none' if answers is None else len(answers)}."
         )
     image = read_picture(image)
-    columns = min(len(maps) + 1, 4)
-    rows = -(-(len(maps) + 1) // columns)
+    panels = len(maps) + 1
+    columns = panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)  # few empty places
+    rows = -(-panels // columns)
     height = 2.7 * image.height / image.width
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.7 * columns + 0.6, (height + 0.55) * rows), layout="constrained", squeeze=False

@@ -1,5 +1,6 @@
 """How well a map hits a known answer, and the baselines that every score stands beside."""
 
+import time
 from dataclasses import dataclass
 
 import cv2
@@ -124,7 +125,8 @@ def score_maps(methods, examples):
     Returns:
         A pandas DataFrame with the index levels "method", "scene" (the number of the example) and "category", a row a
         map: "pointing" (1 where its maximum lies on the object, else 0), "energy" (share of the map inside the object),
-        "on the other" (1 where its maximum lies on another object of the picture, else 0).
+        "on the other" (1 where its maximum lies on another object of the picture, else 0), "seconds" (of the call that
+        made all maps of the scene; they depend on the machine, so compare them within a run only).
     """
     baselines = {
         "centre dot": lambda pixels, categories: centre_dots(len(categories), *pixels.shape[2:]),
@@ -134,17 +136,19 @@ def score_maps(methods, examples):
     for name, method in {**methods, **baselines}.items():
         seeds = iter(range(len(examples)))
         for number, example in enumerate(examples):
+            start = time.perf_counter()
             maps = method(example.pixel_values, example.categories)
+            seconds = [time.perf_counter() - start] * len(maps)
             others = np.array([np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))])
-            scores = hits(maps, example.masks), energy_inside(maps, example.masks), hits(maps, others)
+            scores = hits(maps, example.masks), energy_inside(maps, example.masks), hits(maps, others), seconds
             rows.extend(zip(*scores, strict=True))
             index.extend((name, number, category) for category in example.categories)
     index = pd.MultiIndex.from_tuples(index, names=["method", "scene", "category"])
-    return pd.DataFrame(rows, index, ["pointing", "energy", "on the other"], dtype=float)
+    return pd.DataFrame(rows, index, ["pointing", "energy", "on the other", "seconds"], dtype=float)
 
 
 def score_table(methods, examples):
-    """The means of `score_maps`: arguments as there.
+    """The means of `score_maps` for each method, without the seconds: arguments as there.
 
     Returns:
         A pandas DataFrame, a row a method: "pointing" (share of maps whose maximum lies on the object), "energy"
@@ -152,7 +156,7 @@ def score_table(methods, examples):
         the picture), "maps" (how many).
     """
     by_method = score_maps(methods, examples).groupby("method", sort=False)
-    return by_method.mean().assign(maps=by_method.size()).rename_axis(None)
+    return by_method.mean().drop(columns="seconds").assign(maps=by_method.size()).rename_axis(None)
 
 
 def bootstrap_interval(values, level=0.95, n=2000, seed=0):

@@ -296,3 +296,41 @@ def frozen(model):
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@contextlib.contextmanager
+def count_passes(model):
+    """Counts what an explanation asks of a model: its cost, without a clock.
+
+        with count_passes(model) as passed:
+            explain(model, pixel_values, categories, target_layer)
+
+    Args:
+        model: the module that the explanation is given. Calls that go past it, to one of its parts, are not seen.
+
+    Yields:
+        A dict: "pictures", how many have gone into the model; "backward passes", how many have come from its scores,
+        each for any number of pictures. One may end before it is through: `explain`'s ends at the target layer.
+    """
+    passed = {"pictures": 0, "backward passes": 0}
+
+    def at_input(module, args, kwargs):
+        passed["pictures"] += len(next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)))
+
+    def at_scores(module, args, output):
+        scores = output if torch.is_tensor(output) else output.logits
+        if scores.requires_grad:
+            scores.register_hook(at_gradient)
+
+    def at_gradient(gradient):
+        passed["backward passes"] += 1
+
+    hooks = [
+        model.register_forward_pre_hook(at_input, with_kwargs=True),
+        model.register_forward_hook(at_scores),
+    ]
+    try:
+        yield passed
+    finally:
+        for hook in hooks:
+            hook.remove()
