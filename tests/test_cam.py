@@ -8,6 +8,7 @@ from pytorch_grad_cam import (
     AblationCAM,
     EigenCAM,
     FinerCAM,
+    FullGrad,
     GradCAM,
     GradCAMPlusPlus,
     HiResCAM,
@@ -17,6 +18,7 @@ from pytorch_grad_cam import (
     XGradCAM,
 )
 from pytorch_grad_cam.ablation_layer import AblationLayerVit
+from pytorch_grad_cam.utils.image import scale_accross_batch_and_channels
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from tqdm import tqdm
@@ -163,6 +165,84 @@ def test_shapley_cam_needs_second_derivatives():
     model, layer, _ = tiny("batchnorm")
     maps = explain(model, picture(), [0, 4], layer, method=ShapleyCAM)
     np.testing.assert_allclose(maps, plain(model, picture(), [0, 4], [layer], None, ShapleyCAM), atol=1e-5)
+
+
+class Attends(nn.Module):
+    """Convolution, attention between its positions as a ViT has it, and convolution again."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 16, 4, stride=4), nn.Conv2d(16, 8, 1)
+        self.block, self.head = tiny("vit")[0].vit.layers[0], nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.before(x)
+        x = self.block(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+        return self.head(self.behind(x).relu().mean(dim=(2, 3)) ** 2)
+
+
+def test_shapley_cam_of_a_model_that_attends():
+    torch.manual_seed(0)
+    model = Attends().eval()
+    config = model.block.attention.config
+    assert config._attn_implementation == "sdpa"
+    maps = explain(model, picture(), [0, 4], model.behind, method=ShapleyCAM)
+    assert config._attn_implementation == "sdpa"
+    config._attn_implementation = "eager"
+    wanted = plain(model, picture(), [0, 4], [model.behind], None, ShapleyCAM)
+    np.testing.assert_allclose(maps, wanted, atol=1e-5)
+
+
+def test_shapley_cam_says_that_it_takes_no_tokens():
+    model, layer, reshape_transform = tiny("vit")
+    with pytest.raises(ValueError, match="ShapleyCAM takes no reshape transform.*GradCAM, HiResCAM and LayerCAM"):
+        explain(model, picture(), "cat", layer, reshape_transform, method=ShapleyCAM)
+
+
+def full_gradients(model, x, category):
+    """Input * gradient, and bias * gradient of each BatchNorm2d, all with their signs (Srinivas and Fleuret 2019)."""
+    outputs = {}
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    handles = [norm.register_forward_hook(lambda n, inputs, output: outputs.update({n: output})) for norm in norms]
+    x = x.clone().requires_grad_()
+    score = LogitsModel(model)(x)[0, category]
+    gradients = torch.autograd.grad(score, [x, *outputs.values()])
+    for handle in handles:
+        handle.remove()
+    parts = [x * gradients[0]]
+    for norm, gradient in zip(outputs, gradients[1:], strict=True):
+        bias = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+        parts.append(bias[:, None, None] * gradient)
+    return score.item(), [part.detach() for part in parts]
+
+
+def test_full_grad_pairs_each_bias_with_its_own_gradient():
+    model, layer, _ = tiny("resnet")  # its shortcuts are defined before the layers that run before them
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.bias.data, module.running_mean):
+                value.normal_()
+    wanted = []
+    for category in (0, 4):
+        score, parts = full_gradients(model, picture(), category)
+        whole = sum(part.sum().item() for part in parts) + model.classifier[1].bias[category].item()
+        assert whole == pytest.approx(score, abs=1e-3)  # the parts are complete: none is missing, none is twice
+        scaled = [scale_accross_batch_and_channels(part.abs().numpy(), (32, 32)).sum(axis=(0, 1)) for part in parts]
+        heat = sum(scaled)
+        wanted.append((heat - heat.min()) / (heat.max() - heat.min()))
+    maps = explain(model, picture(), [0, 4], layer, method=FullGrad)
+    np.testing.assert_allclose(maps, wanted, atol=1e-5)
+
+
+def test_full_grad_prints_nothing_and_refuses_what_it_cannot_read(capsys):
+    model, layer, _ = tiny("resnet")
+    explain(model, picture(), "cat", layer, method=FullGrad)
+    assert capsys.readouterr().out == ""
+    model, layer, reshape_transform = tiny("vit")
+    before = state(model)
+    with pytest.raises(ValueError, match="FullGrad adds up .* this model has them in LayerNorm, Linear: use a method"):
+        explain(model, picture(), "cat", layer, reshape_transform, method=FullGrad)
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "batchnorm"])
@@ -443,7 +523,7 @@ def mixed_state(model):
 @pytest.mark.parametrize("method", [GradCAM, ScoreCAM, AblationCAM, EigenCAM, ShapleyCAM])
 def test_the_model_is_as_before(name, method):
     if (name, method) == ("vit", ShapleyCAM):
-        pytest.skip("PyTorch has no second derivative of its fused attention")
+        pytest.skip("ShapleyCAM takes no tokens")
     model, layer, reshape_transform = tiny(name)
     before = mixed_state(model)
     explain(model, picture(), [0, 1], layer, reshape_transform, method=method)

@@ -1,9 +1,11 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from xai_helpers.scoring import (
     Example,
+    behind_best,
     bootstrap_interval,
     centre_dots,
     energy_inside,
@@ -223,3 +225,26 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says():
 def test_bootstrap_interval_wants_a_number_a_scene(wrong):
     with pytest.raises(ValueError, match=r"\(n_scenes,\).*average the maps of a scene first"):
         bootstrap_interval(wrong)
+
+
+def test_the_best_and_those_behind_it_on_the_scenes_that_all_had():
+    by_scene = {
+        "a": [(1, 0), (1, 1), (0, 0), (0, 0)],
+        "b": [(1, 1), (1, 1), (0, 0)],
+        "c": [(0, 0), (0, 0), (0, 0), (1, 1)],
+    }
+    rows = {
+        (method, scene, category): value
+        for method, scenes in by_scene.items()
+        for scene, both in enumerate(scenes)
+        for category, value in zip("xy", both, strict=True)
+    }
+    index = pd.MultiIndex.from_tuples(rows, names=["method", "scene", "category"])
+    table = behind_best(pd.DataFrame({"pointing": rows.values()}, index, dtype=float), ["a", "b", "c"])
+    # b has 1, 1, 0 in the three scenes, a has 1/2, 1, 0, and c has 0, 0, 0; the fourth scene is not b's.
+    assert list(table.index) == ["b", "a", "c"]
+    assert table["pointing"].tolist() == pytest.approx([2 / 3, 1 / 2, 0])
+    assert table["behind"].tolist() == pytest.approx([0, 1 / 6, 2 / 3])
+    assert table.loc["b", ["from", "to"]].tolist() == [0, 0]
+    # a: of three gaps 1/2, 0, 0 none is drawn with probability 8/27, all three with 1/27, above 2.5 %.
+    assert table.loc["a", ["from", "to"]].tolist() == pytest.approx([0, 1 / 2])

@@ -1,13 +1,10 @@
 """Maps of models that attend, read from the attention weights of all their blocks."""
 
-import contextlib
-
 import numpy as np
 import torch
 from pytorch_grad_cam.utils.image import scale_cam_image
-from transformers import PreTrainedConfig
 
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen
+from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, eager_attention, frozen
 
 
 def relevance(model, pixel_values, categories):
@@ -36,7 +33,7 @@ def relevance(model, pixel_values, categories):
     check_picture(pixel_values)
     targets = category_targets(model, categories)
     scorer = LogitsModel(model)
-    with frozen(scorer), _eager(scorer):
+    with frozen(scorer), eager_attention(scorer):
         scores, attentions, grid = _attend(scorer, pixel_values)
         maps = []
         for target in targets:
@@ -59,7 +56,7 @@ def rollout(model, pixel_values):
     """
     check_picture(pixel_values)
     scorer = LogitsModel(model)
-    with frozen(scorer), _eager(scorer):
+    with frozen(scorer), eager_attention(scorer):
         scores, attentions, grid = _attend(scorer, pixel_values)
         gradients = _gradients(scores.sum(), attentions)
         R = identity = torch.eye(attentions[0].shape[-1], device=scores.device)
@@ -67,23 +64,6 @@ def rollout(model, pixel_values):
             R = (attention.mean(dim=1)[0].detach().float() + identity) / 2 @ R
         maps = [_read(R, gradients[-1], grid)]
     return _at_image_size(maps, pixel_values)
-
-
-@contextlib.contextmanager
-def _eager(model):
-    """Eager attention, the only one that returns its weights; at the end each part has its own again."""
-    # The attentions look into these configs. model.set_attn_implementation does the same to them, but warns about parts
-    # that a config describes and the model lacks.
-    found = [getattr(module, "config", None) for module in model.modules()]
-    configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
 
 
 def _attend(scorer, pixel_values):

@@ -9,13 +9,20 @@ import warnings
 
 import numpy as np
 import torch
-from pytorch_grad_cam import AblationCAM, GradCAM, ScoreCAM
+from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
 from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
 from pytorch_grad_cam.base_cam import BaseCAM
 from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE, layer_to_map
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen, layer_path
+from xai_helpers.wrappers import (
+    LogitsModel,
+    category_targets,
+    check_picture,
+    eager_attention,
+    frozen,
+    layer_path,
+)
 
 CALL_OPTIONS = ("aug_smooth", "eigen_smooth")
 BAR_AFTER = 1  # seconds
@@ -33,7 +40,8 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
-        target_layer: the module whose output is explained, or a list of modules whose maps are averaged.
+        target_layer: the module whose output is explained, or a list of modules whose maps are averaged. FullGrad
+            reads all layers with a bias, whichever is given.
         reshape_transform: turns that output into (batch, channels, height, width); None if it has that shape.
         method: a class of grad-cam derived from its BaseCAM.
         options: `aug_smooth` and `eigen_smooth` as in grad-cam's call, others for the method's constructor.
@@ -44,7 +52,8 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
 
     Raises:
         ValueError: an unknown category or method; pixel_values of another shape; a layer that is not in the model,
-            is not reached, has no positions or gets no gradient; a reshape transform that does not fit.
+            is not reached, has no positions or gets no gradient; a reshape transform that does not fit; FullGrad
+            for a model with biases that it does not read; ShapleyCAM with a reshape transform.
         TypeError: an option that the method does not have.
     """
     check_picture(pixel_values)
@@ -64,11 +73,20 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
     except TypeError as error:
         raise TypeError(f"{method.__name__} {error}; for the call there are {', '.join(CALL_OPTIONS)}") from None
 
-    run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
+    if issubclass(method, ShapleyCAM) and reshape_transform is not None:
+        raise ValueError(
+            "grad-cam's ShapleyCAM takes no reshape transform: it needs a layer whose output is (batch, channels, "
+            "height, width). GradCAM, HiResCAM and LayerCAM take one"
+        )
     with frozen(fork), fork.hooks():
-        cam = method(fork, layers, reshape_transform, **options)
+        full_grad = issubclass(method, FullGrad)
+        cam = method(fork, *([], None) if full_grad else (layers, reshape_transform), **options)
         try:
-            maps = run(cam, fork, pixel_values.detach(), targets, call_options)
+            if full_grad:
+                _pair_biases(cam, fork, pixel_values)
+            run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
+            with contextlib.nullcontext() if cam.detach else eager_attention(fork):  # ShapleyCAM differentiates twice
+                maps = run(cam, fork, pixel_values.detach(), targets, call_options)
         finally:  # grad-cam's own `with` block would swallow an IndexError
             cam.activations_and_grads.release()
     return np.float32(maps)
@@ -181,6 +199,42 @@ def _masked_maps(cam, fork, image, targets, call_options):
         for parent, name, child in parents:
             setattr(parent, name, child)
     return maps
+
+
+def _pair_biases(cam, fork, image):
+    """Puts the biases of FullGrad into the order in which their layers run: that of the gradients that they weigh.
+
+    grad-cam has them in the order in which the layers were defined. In transformers' ResNet, where shortcuts are
+    defined first and run last, each bias would meet another layer's gradient.
+    """
+    ran, left_out = [], []
+
+    def note(layer, inputs, output):
+        if layer in cam.target_layers:
+            ran.append(layer)
+        elif output.ndim > 2:
+            left_out.append(type(layer).__name__)
+
+    handles = [
+        layer.register_forward_hook(note)
+        for layer in fork.modules()
+        if isinstance(getattr(layer, "bias", None), torch.Tensor)
+    ]
+    fork.start(copies=1, rows=None)
+    try:
+        with torch.no_grad():
+            fork(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if left_out or not ran:
+        found = ", ".join(dict.fromkeys(left_out)) or "no layer with positions"
+        raise ValueError(
+            "FullGrad adds up the biases of all layers, and grad-cam's reads those of Conv2d and BatchNorm2d; this "
+            f"model has them in {found}: use a method with a target layer"
+        )
+    biases = dict(zip(cam.target_layers, cam.bias_data, strict=True))
+    cam.bias_data = [biases[layer] for layer in ran]
 
 
 class _SharedPasses(torch.nn.Module):

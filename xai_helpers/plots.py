@@ -65,7 +65,7 @@ def show_maps(image, maps, titles, answers=None):
         )
     image = read_picture(image)
     panels = len(maps) + 1
-    columns = panels if panels <= 4 else min((4, 3), key=lambda n: -panels % n)  # few empty places
+    columns = 3 if panels in (5, 6, 9) else min(panels, 4)  # few empty places
     rows = -(-panels // columns)
     height = 2.7 * image.height / image.width
     figure, axes = plt.subplots(

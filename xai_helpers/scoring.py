@@ -185,3 +185,23 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
     drawn = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def behind_best(scores, methods, score="pointing"):
+    """How far methods are behind the best of them, scene by scene, and whether the scenes can tell.
+
+    Args:
+        scores: what `score_maps` returned, or several of them in one; only scenes that all the methods had count.
+        methods: the names of those to compare.
+        score: the column.
+
+    Returns:
+        A pandas DataFrame, a row a method, best first: the mean "score" over the scenes; how far it is "behind" the
+        best one, and the 95 % `bootstrap_interval` of that, "from" and "to". With "from" at most 0, these scenes can't
+        tell the two apart.
+    """
+    by_scene = scores[score].groupby(["method", "scene"]).mean().unstack("method")[list(methods)].dropna()
+    by_scene = by_scene[by_scene.mean().sort_values(ascending=False, kind="stable").index]
+    gaps = {name: by_scene.iloc[:, 0] - by_scene[name] for name in by_scene}
+    rows = {name: (by_scene[name].mean(), gap.mean(), *bootstrap_interval(gap)) for name, gap in gaps.items()}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[score, "behind", "from", "to"])

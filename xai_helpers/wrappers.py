@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from transformers import PreTrainedConfig
 
 from xai_helpers.reshape import ADVICE
 
@@ -296,6 +297,23 @@ def frozen(model):
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+@contextlib.contextmanager
+def eager_attention(model):
+    """Eager attention, which alone returns its weights and has a second derivative; at the end all is as before."""
+    # The attentions look into these configs. model.set_attn_implementation does the same to them, but warns about parts
+    # that a config describes and the model lacks.
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs = list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
 
 
 @contextlib.contextmanager
