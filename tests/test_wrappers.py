@@ -14,6 +14,7 @@ from xai_helpers.wrappers import (
     count_passes,
     frozen,
     layer_path,
+    passes_table,
     top_categories,
 )
 
@@ -234,3 +235,17 @@ def test_counting_leaves_no_hook_behind_when_the_call_fails():
     with pytest.raises(ValueError, match="wrong"), count_passes(model):
         raise ValueError("wrong")
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_row_of_passes_for_each_method():
+    model = tiny_resnet()
+    example = types.SimpleNamespace(pixel_values=torch.randn(1, 3, 32, 32), categories=["cat", "rocket"])
+
+    def each_alone(x, names):
+        return [explain(model, x, name, model.resnet.encoder.stages[-1]) for name in names]
+
+    table = passes_table(model, {"look": lambda x, names: model(x), "alone": each_alone}, example)
+    assert table.to_dict(orient="index") == {
+        "look": {"pictures": 1, "backward passes": 0},
+        "alone": {"pictures": 2, "backward passes": 2},
+    }

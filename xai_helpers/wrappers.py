@@ -352,3 +352,21 @@ def count_passes(model):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def passes_table(model, methods, example):
+    """What each of several methods asks of a model for all maps of one example, by `count_passes`.
+
+    Args:
+        model: the module that the methods explain.
+        methods: name -> function (pixel_values, categories), as for `scoring.score_table`.
+        example: an `Example`.
+
+    Returns:
+        A pandas DataFrame, a row a method: "pictures" and "backward passes".
+    """
+    rows = {}
+    for name, method in methods.items():
+        with count_passes(model) as rows[name]:
+            method(example.pixel_values, example.categories)
+    return pd.DataFrame.from_dict(rows, orient="index")
