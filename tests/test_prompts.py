@@ -18,7 +18,6 @@ from xai_helpers.scenes import labels, make_scene, with_article
 from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import PromptClassifier, top_categories
 
-THERE = [name for name in CLIPS if (BUNDLED / name).is_dir()]
 PROMPTS = ["a photo of a cat.", "a photo of a coffee cup.", "a cat and a coffee cup"]
 
 
@@ -175,7 +174,7 @@ def naming(name):
     return PromptClassifier(clip, processor, {c: f"a photo of {with_article(c)}." for c in labels()}), processor
 
 
-@pytest.mark.parametrize("name", THERE)
+@pytest.mark.parametrize("name", CLIPS)
 def test_bundled_clips_find_what_their_cards_say(name):
     model, processor = naming(name)
     right = {}
@@ -189,17 +188,17 @@ def test_bundled_clips_find_what_their_cards_say(name):
     assert right[1] >= 0.95 and right[2] >= 0.85, right
 
 
-@pytest.mark.parametrize("name", THERE)
-def test_relevance_points_at_what_the_prompt_names(name):
+@pytest.mark.parametrize(("name", "bar"), [("clip-base", 0.85), ("clip-large", 0.8)])
+def test_relevance_points_at_what_the_prompt_names(name, bar):
     model, processor = naming(name)
     scores = score_table(
         {"relevance": lambda x, names: relevance(model, x, names)}, examples(model, processor, n=60, split="validation")
     )
-    assert scores.loc["relevance", "pointing"] >= 0.8
+    assert scores.loc["relevance", "pointing"] >= bar
     assert scores.loc[["centre dot", "random map"], "pointing"].max() < 0.3
 
 
-@pytest.mark.parametrize("name", THERE)
+@pytest.mark.parametrize("name", CLIPS)
 def test_a_bundled_clip_is_small_and_has_a_card(name):
     files = {path.name: path.stat().st_size for path in (BUNDLED / name).iterdir()}
     assert {"README.md", "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(
