@@ -10,6 +10,7 @@ from xai_helpers.scoring import (
     centre_dots,
     energy_inside,
     hits,
+    perturbation_curves,
     random_maps,
     resize_masks,
     score_maps,
@@ -248,3 +249,36 @@ def test_the_best_and_those_behind_it_on_the_scenes_that_all_had():
     assert table.loc["b", ["from", "to"]].tolist() == [0, 0]
     # a: of three gaps 1/2, 0, 0 none is drawn with probability 8/27, all three with 1/27, above 2.5 %.
     assert table.loc["a", ["from", "to"]].tolist() == pytest.approx([0, 1 / 2])
+
+
+def left_pixels(pictures):
+    """The sum over the two pixels on the left."""
+    return pictures[:, 0, :, 0].sum(dim=1)
+
+
+def test_deletion_and_insertion_worked_out_by_hand():
+    # 2 x 2 pixels; the score sums the left ones, 3 and 5. The map's order: 5, 7, 3, 1. The baseline is 10 everywhere.
+    picture = torch.tensor([[3.0, 1.0], [5.0, 7.0]]).expand(1, 3, 2, 2)
+    heat = [[0.2, 0.1], [0.9, 0.5]]
+    deletion, insertion = perturbation_curves(left_pixels, picture, heat, baseline=10, steps=4)
+    assert deletion.tolist() == [8, 13, 13, 20, 20]
+    assert insertion.tolist() == [20, 15, 15, 8, 8]
+    halves, _ = perturbation_curves(left_pixels, picture, heat, baseline=torch.full((1, 3, 1, 1), 10.0), steps=2)
+    assert halves.tolist() == [8, 13, 20]
+
+
+def test_equal_values_change_one_after_the_other_in_random_order():
+    picture, flat = torch.ones(1, 3, 8, 8), np.zeros((8, 8))
+    curves = [
+        perturbation_curves(lambda x: x[:, 0, :, :4].sum(dim=(1, 2)), picture, flat, 0, steps=2, seed=seed)[0]
+        for seed in range(40)
+    ]
+    # Half of the 64 pixels are gone in the middle, and with them about half of the 32 on the left.
+    middle = [curve[1] for curve in curves]
+    assert len(set(middle)) > 3 and np.mean(middle) == pytest.approx(16, abs=1.5)
+    assert {curve[0] for curve in curves} == {32} and {curve[2] for curve in curves} == {0}
+
+
+def test_a_map_of_another_size_than_the_picture_is_named():
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) for a picture of \(8, 8\) pixels"):
+        perturbation_curves(left_pixels, torch.ones(1, 3, 8, 8), np.ones((4, 4)), 0)

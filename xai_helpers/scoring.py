@@ -205,3 +205,39 @@ def behind_best(scores, methods, score="pointing"):
     gaps = {name: by_scene.iloc[:, 0] - by_scene[name] for name in by_scene}
     rows = {name: (by_scene[name].mean(), gap.mean(), *bootstrap_interval(gap)) for name, gap in gaps.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[score, "behind", "from", "to"])
+
+
+def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
+    """Deletion and insertion (Petsiuk, Das, Saenko: RISE, BMVC 2018): does the score depend on what a map shows?
+
+    Pixels change in the order of the map, the highest value first. Where the map has equal values, as a mask has or a
+    map with many zeros, their order is random: a threshold would take all of them at once.
+
+    Args:
+        score: function of pictures (n, 3, height, width) that gives n numbers, such as the logits of a category.
+        pixel_values: one picture, float tensor (1, 3, height, width).
+        heat: its map, (height, width).
+        baseline: what stands for "nothing there", a tensor that can be broadcast to the picture, or a number.
+        steps: in how many equal parts the pixels change.
+        seed: of the order among equal values.
+
+    Returns:
+        Two float arrays, (steps + 1,). Deletion: the scores while the picture's pixels are replaced by the baseline's,
+        from the picture to the baseline. Insertion: while the baseline's are replaced by the picture's.
+
+    Raises:
+        ValueError: the map and the picture differ in size.
+    """
+    heat = np.asarray(heat)
+    if heat.shape != tuple(pixel_values.shape[2:]):
+        raise ValueError(f"a map of shape {heat.shape} for a picture of {tuple(pixel_values.shape[2:])} pixels")
+    shuffled = np.random.default_rng(seed).permutation(heat.size)
+    order = shuffled[np.argsort(-heat.ravel()[shuffled], kind="stable")]
+    rank = np.empty(heat.size)
+    rank[order] = np.arange(heat.size)
+    changed = rank < np.linspace(0, heat.size, steps + 1)[:, None]
+    changed = torch.from_numpy(changed.reshape(-1, 1, *heat.shape)).to(pixel_values.device)
+    empty = torch.as_tensor(baseline, dtype=pixel_values.dtype, device=pixel_values.device).expand_as(pixel_values)
+    with torch.no_grad():
+        curves = [score(torch.where(changed, new, old)) for new, old in ((empty, pixel_values), (pixel_values, empty))]
+    return tuple(np.asarray(curve.cpu(), float) for curve in curves)
