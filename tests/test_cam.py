@@ -234,10 +234,35 @@ def test_full_grad_pairs_each_bias_with_its_own_gradient():
     np.testing.assert_allclose(maps, wanted, atol=1e-5)
 
 
+class PairOfScores(nn.Module):
+    """Has a bias, and returns no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(5))
+
+    def forward(self, scores):
+        return scores + self.bias, None
+
+
+class LogitsOf(nn.Module):
+    """The first of what a model's head returns."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, x):
+        return self.model.classifier(self.model.resnet(x).pooler_output)[0]
+
+
 def test_full_grad_prints_nothing_and_refuses_what_it_cannot_read(capsys):
     model, layer, _ = tiny("resnet")
     explain(model, picture(), "cat", layer, method=FullGrad)
     assert capsys.readouterr().out == ""
+    model.classifier.append(PairOfScores())
+    with pytest.raises(ValueError, match="this model has them in PairOfScores"):
+        explain(LogitsOf(model), picture(), "cat", layer, method=FullGrad)
     model, layer, reshape_transform = tiny("vit")
     before = state(model)
     with pytest.raises(ValueError, match="FullGrad adds up .* this model has them in LayerNorm, Linear: use a method"):

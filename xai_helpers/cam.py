@@ -212,7 +212,7 @@ def _pair_biases(cam, fork, image):
     def note(layer, inputs, output):
         if layer in cam.target_layers:
             ran.append(layer)
-        elif output.ndim > 2:
+        elif getattr(output, "ndim", 3) > 2:  # what is no tensor is taken for positions
             left_out.append(type(layer).__name__)
 
     handles = [

@@ -1,4 +1,4 @@
-"""How well a map hits a known answer, and the baselines that every score stands beside."""
+"""How well a map hits a known answer, how sure that is, and whether a score depends on what the map shows."""
 
 import time
 from dataclasses import dataclass
