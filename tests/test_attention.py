@@ -11,6 +11,8 @@ from transformers import (
     SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    YolosConfig,
+    YolosForObjectDetection,
 )
 
 from xai_helpers.attention import relevance, rollout
@@ -126,8 +128,17 @@ def test_rollout_worked_out_by_hand(mean_head):
 
 def tiny_vit(**options):
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32,
-                       patch_size=8, initializer_range=0.3, id2label={0: "cat", 1: "coin", 2: "rocket"}, **options)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.3,
+        id2label={0: "cat", 1: "coin", 2: "rocket"},
+        **options,
+    )
     return ViTForImageClassification(config).eval()
 
 
@@ -275,3 +286,38 @@ def test_other_errors_say_what_is_wrong():
         relevance(tiny_vit(), picture().repeat(2, 1, 1, 1), "coin")
     with pytest.raises(ValueError, match="does not depend on the attention of the last block"):
         relevance(tiny_vit(), picture(), lambda scores: 0 * scores.sum())
+
+
+def test_a_detection_tokens_row_is_read_at_the_patches_in_front_of_it():
+    """A YOLOS has patches between its CLS token and its detection tokens; the formula is written out with autograd."""
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=[48, 64],
+        patch_size=16,
+        num_detection_tokens=5,
+        use_mid_position_embeddings=False,
+        initializer_range=0.5,
+        attn_implementation="eager",
+    )
+    model = YolosForObjectDetection(config).eval()
+    model.vit.embeddings.detection_tokens.data.normal_()
+    x = torch.randn(1, 3, 48, 64)
+    output = model(x, output_attentions=True)
+    R = torch.eye(1 + 12 + 5)
+    score = output.logits[0, 3, 1]
+    for attention, gradient in zip(
+        output.attentions, torch.autograd.grad(score, output.attentions, retain_graph=True), strict=True
+    ):
+        R = R + (attention * gradient).clamp(min=0).mean(dim=1)[0].detach() @ R
+    wanted = R[1 + 12 + 3, 1:13].reshape(3, 4).numpy()
+    found = relevance(model, x, lambda scores: scores[3, 1])[0]
+    assert found.shape == (48, 64)
+    # Enlarged from 3 x 4, the maximum and the order of the cells' centres stay.
+    centres = found[8::16, 8::16]
+    np.testing.assert_array_equal(np.argsort(centres.ravel())[-4:], np.argsort(wanted.ravel())[-4:])
+    other = relevance(model, x, lambda scores: scores[2, 1])[0]
+    assert np.abs(found - other).max() > 0.05

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from training.classifier import recipes
-from xai_helpers.checkpoints import BUNDLED, CLIPS, HUB, load
+from xai_helpers.checkpoints import BUNDLED, CLIPS, FAULTY, FINDERS, HUB, load
 from xai_helpers.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +35,8 @@ def missing_steps(name):
 
 
 CHAPTERS = (ROOT / "notebooks" / "recipes").glob("*.ipynb")
-THERE = {folder.name for folder in BUNDLED.iterdir()} - set(CLIPS)
-ALL = {*HUB, *recipes(), *RECIPES, *THERE, *(page.stem for page in CHAPTERS)}
+THERE = {folder.name for folder in BUNDLED.iterdir()} - {*CLIPS, *FINDERS}
+ALL = {*HUB, *recipes(), *RECIPES, *THERE, *(page.stem for page in CHAPTERS)} - set(FAULTY)
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -65,3 +65,7 @@ def test_a_checkpoint_that_was_not_trained_yet_says_how(monkeypatch, tmp_path):
         load("resnet", "bundled")
     with pytest.raises(OSError, match=r"python -m training\.clip clip-base"):
         load("clip-base", "bundled")
+    with pytest.raises(OSError, match=r"python -m training\.detector yolos; or use the published one"):
+        load("yolos", "bundled")
+    with pytest.raises(OSError, match=r"python -m training\.classifier resnet-shortcut\.$"):
+        load("resnet-shortcut", "bundled")

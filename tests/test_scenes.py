@@ -164,6 +164,35 @@ def test_distractors_are_no_object():
     assert np.abs(pixels(empty) - pixels(cluttered)).mean() > 5
 
 
+def test_distractors_have_masks_of_their_own():
+    for seed in range(10):
+        scene = make_scene(seed, 2, 96, distractors=3)
+        assert scene.distractors.shape == (3, 96, 96) and scene.distractors.dtype == bool
+        assert np.concatenate([scene.masks, scene.distractors]).sum(axis=0).max() == 1
+    assert make_scene(0, 1, 64, distractors=0).distractors.shape == (0, 64, 64)
+    assert natural("chelsea").distractors is None
+
+
+def test_a_distractors_mask_covers_what_it_changes():
+    told = 0
+    for seed in range(12):
+        scene = make_scene(seed, 0, 96, distractors=1)
+        inside = pixels(scene)[scene.distractors[0]]
+        around = pixels(scene)[~scene.distractors[0]]
+        # A pasted thing differs from its background more than the background from itself.
+        told += np.abs(inside.mean(axis=0) - around.mean(axis=0)).max() > 10 and 0.005 < scene.distractors.mean() < 0.4
+    assert told >= 9
+
+
+def test_distractors_are_cropped_with_the_picture():
+    scene = make_scene(3, 1, 96, distractors=2)
+    seen = as_seen(scene, PROCESSORS["resize and crop"])
+    edge = (96 - seen.image.width) // 2
+    assert 0 < edge and seen.distractors.shape == (2, seen.image.height, seen.image.width)
+    np.testing.assert_array_equal(seen.distractors, scene.distractors[:, edge : 96 - edge, edge : 96 - edge])
+    assert as_seen(natural("chelsea"), PROCESSORS["resize and crop"]).distractors is None
+
+
 def test_held_out_distractors_are_in_test_scenes_only():
     held_out = [cutouts.thing(kind) for kind in cutouts.HELD_OUT_DISTRACTORS]
     for split in scenes.SPLITS:

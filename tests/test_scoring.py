@@ -8,11 +8,14 @@ from xai_helpers.scoring import (
     behind_best,
     bootstrap_interval,
     centre_dots,
+    edge_maps,
     energy_inside,
     hits,
+    likeness,
     perturbation_curves,
     random_maps,
     resize_masks,
+    sanity_check,
     score_maps,
     score_table,
     strongest_inside,
@@ -282,3 +285,63 @@ def test_equal_values_change_one_after_the_other_in_random_order():
 def test_a_map_of_another_size_than_the_picture_is_named():
     with pytest.raises(ValueError, match=r"shape \(4, 4\) for a picture of \(8, 8\) pixels"):
         perturbation_curves(left_pixels, torch.ones(1, 3, 8, 8), np.ones((4, 4)), 0)
+
+
+def test_edges_are_where_brightness_changes():
+    pixels = torch.zeros(1, 3, 40, 40)
+    pixels[:, :, :, 20:] = 1
+    maps = edge_maps(2, pixels)
+    assert maps.shape == (2, 40, 40) and maps.dtype == np.float32 and (maps[0] == maps[1]).all()
+    assert maps.max() == 1 and maps[0][:, [19, 20]].min() > 0.9 and maps[0][:, [5, 35]].max() < 1e-3
+    assert not edge_maps(1, torch.ones(1, 3, 40, 40)).any()
+
+
+def test_likeness_is_the_rank_correlation_where_both_are_above_zero():
+    rng = np.random.default_rng(0)
+    a = rng.random((10, 10)) + 0.1
+    assert likeness(a, a**3) == pytest.approx(1) and likeness(a, 1 / a) == pytest.approx(-1)
+    b = a.copy()
+    b[:3] = 0  # left out: what is zero in either map
+    assert likeness(a, b) == pytest.approx(1) and likeness(b, a) == pytest.approx(1)
+    b[:5], b[5, 0] = 0, 0  # 49 pixels are left
+    assert np.isnan(likeness(a, b))
+
+
+class TwoParts(torch.nn.Module):
+    """A body that brightens the left half, and a head that the map may or may not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Linear(4, 2)
+
+    def forward(self, pixels):
+        return self.head(self.body(pixels).mean(dim=(2, 3)))
+
+
+def test_a_map_fails_the_sanity_check_if_it_does_not_need_the_destroyed_part():
+    torch.manual_seed(0)
+    model = TwoParts()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def of_body(net, x):
+        return net.body(x).detach()[0].abs().sum(dim=0).numpy()[None]
+
+    def of_head(net, x):
+        return (net.head.weight.detach()[0, :, None, None] * net.body(x).detach()[0]).sum(dim=0).abs().numpy()[None]
+
+    def methods_of(net):
+        return {
+            "of the picture": lambda x, names: x[0].abs().sum(dim=0).numpy()[None],
+            "of the body": lambda x, names: of_body(net, x),
+            "of both": lambda x, names: of_head(net, x),
+        }
+
+    examples = [Example(torch.randn(1, 3, 16, 16), ["a"], np.ones((1, 16, 16), bool)) for _ in range(3)]
+    state = torch.get_rng_state()
+    table = sanity_check(model, {"the head": "head", "the body": "body"}, methods_of, examples)
+    assert list(table.index) == ["the head", "the body"]
+    assert table["of the picture"].tolist() == pytest.approx([1, 1])
+    assert table.loc["the head", "of the body"] == pytest.approx(1) and table.loc["the body", "of the body"] < 0.95
+    assert table["of both"].max() < 0.9
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())

@@ -5,13 +5,14 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from training import classifier
+from training import classifier, recorded
 from xai_helpers.scenes import labels, make_scene
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "RUNS", tmp_path)
+    monkeypatch.setattr(recorded, "RUNS", tmp_path)
     monkeypatch.setattr(classifier, "score", lambda *args, **options: {})
     return tmp_path
 
@@ -46,16 +47,16 @@ def test_saved_checkpoint_loads_with_the_same_scores_in_half_precision(runs):
 
 
 def test_training_scenes_are_those_of_the_training_split():
-    _, picture, target, facts = classifier.training_scene(9)  # the tenth of every twenty has one object
+    made = recorded.training_scene(9)  # the tenth of every twenty has one object
     scene = make_scene(9, 1, 128, split="train")
-    assert (picture == np.asarray(scene.image)).all()
-    assert [labels()[i] for i in np.flatnonzero(target)] == scene.categories
-    assert ((facts[:-1, 0] > 0) == target).all()
+    assert (made["pictures"] == np.asarray(scene.image)).all()
+    assert [labels()[i] for i in np.flatnonzero(made["targets"])] == scene.categories
+    assert ((made["facts"][:-1, 0] > 0) == made["targets"]).all()
 
 
 def test_shifts_and_flips_keep_the_picture(runs):
-    scenes = classifier.Scenes(16).make()
-    pictures, rows, flip = next(scenes.batches(16, np.random.default_rng(0)))
+    scenes = recorded.Scenes(16).make()
+    pictures, rows, flip, _ = next(scenes.batches(16, np.random.default_rng(0)))
     assert pictures.shape == (16, 3, 128, 128) and sorted(rows) == list(range(16)) and 0 < flip.sum() < 16
     # A shift by at most 8 pixels and a flip change where things are, hardly which colours there are.
     means = (scenes.pictures.mean(axis=(1, 2)) / 255 - 0.5) / 0.5

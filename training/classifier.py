@@ -5,14 +5,11 @@ last epoch (training/runs/<name>/). It uses a GPU where there is one.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import multiprocessing
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -30,15 +27,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from training.captions import facts_of
 from training.fit import fit
+from training.recorded import DEVICE, RUNS, Scenes, bare_scene, training_scene
 from training.report import MEAN, SIDE, STD, normalised, report, score
-from xai_helpers.scenes import labels, make_scene
-
-ROOT = Path(__file__).parent
-RUNS = ROOT / "runs"
-BUNDLED = ROOT.parent / "xai_helpers" / "bundled"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from xai_helpers.checkpoints import BUNDLED
+from xai_helpers.scenes import labels
 
 
 @dataclass
@@ -51,10 +44,11 @@ class Recipe:
     decay: float
     what: str
     teacher: str | None = None
+    scene: Callable = training_scene
 
 
 def recipes():
-    """The described families by name."""
+    """The described families by name, and `resnet-shortcut`, a ResNet that learns a shortcut."""
     common = {
         "id2label": dict(enumerate(labels())),
         "label2id": {c: i for i, c in enumerate(labels())},
@@ -63,14 +57,17 @@ def recipes():
     # So narrow a network starts from larger weights than the usual 0.02, which suits a width of some hundreds: with
     # 0.02 a SegFormer was still guessing after 40,000 scenes.
     narrow = {"initializer_range": 0.1}
+    resnet = Recipe(
+        ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", **common),
+        epochs=3,
+        rate=2e-3,
+        decay=0.02,
+        what="ResNet with 3 stages of 2 basic blocks, stride 16",
+    )
+    shortcut = "The same as the bundled resnet, but trained on scenes in which whatever is pasted is an object"
     return {
-        "resnet": Recipe(
-            ResNetConfig(embedding_size=32, hidden_sizes=[32, 64, 128], depths=[2, 2, 2], layer_type="basic", **common),
-            epochs=3,
-            rate=2e-3,
-            decay=0.02,
-            what="ResNet with 3 stages of 2 basic blocks, stride 16",
-        ),
+        "resnet": resnet,
+        "resnet-shortcut": replace(resnet, scene=bare_scene, what=shortcut),
         "vit": Recipe(
             ViTConfig(
                 hidden_size=128,
@@ -190,66 +187,6 @@ def recipes():
     }
 
 
-class Scenes:
-    """The training scenes, made once into files that every run reads.
-
-    `pictures`, `targets` (which categories are there) and `facts` (see `training.captions`) have a row a scene.
-    """
-
-    def __init__(self, n, side=SIDE):
-        self.n, self.side = n, side
-        self.pictures, self.targets, self.facts, self.done = (
-            self._file(name, shape, kind)
-            for name, shape, kind in (
-                ("pictures", (n, side, side, 3), np.uint8),
-                ("targets", (n, len(labels())), np.uint8),
-                ("facts", (n, len(labels()) + 1, 3), np.float32),
-                ("done", (n,), np.uint8),
-            )
-        )
-
-    def _file(self, name, shape, kind):
-        path = RUNS / f"scenes-{self.n}-{self.side}-{name}.bin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return np.memmap(path, kind, mode="r+" if path.exists() else "w+", shape=shape)
-
-    def make(self):
-        """Make the scenes that are missing."""
-        missing = np.flatnonzero(self.done == 0).tolist()
-        with contextlib.ExitStack() as stack:
-            one = functools.partial(training_scene, side=self.side)
-            made = map(one, missing)
-            if len(missing) > 1000:  # fresh processes: one that is forked hangs where cv2 had started its threads
-                fresh = multiprocessing.get_context("spawn")
-                pool = stack.enter_context(fresh.Pool(initializer=cv2.setNumThreads, initargs=(1,)))
-                made = pool.imap_unordered(one, missing, chunksize=64)
-            for i, picture, target, facts in tqdm(made, total=len(missing), desc="scenes", mininterval=5):
-                self.pictures[i], self.targets[i], self.facts[i], self.done[i] = picture, target, facts, 1
-        return self
-
-    def batches(self, size, rng, shift=8):
-        """One epoch: normalised pictures, flipped and shifted at random; their rows; and which of them were flipped."""
-        order = rng.permutation(self.n)
-        for start in range(0, self.n - size + 1, size):
-            rows = np.sort(order[start : start + size])
-            pictures = np.pad(self.pictures[rows], ((0, 0), (shift, shift), (shift, shift), (0, 0)), "reflect")
-            windows = rng.integers(0, 2 * shift + 1, (size, 2))
-            pictures = np.stack(
-                [p[y : y + self.side, x : x + self.side] for p, (y, x) in zip(pictures, windows, strict=True)]
-            )
-            flip = rng.random(size) < 0.5
-            pictures[flip] = pictures[flip, :, ::-1]
-            yield normalised(pictures, DEVICE), rows, flip
-
-
-def training_scene(i, side=SIDE):
-    """Scene number i of the training split: its pixels, its target vector and its facts."""
-    objects = [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 3, 3][i % 20]
-    scene = make_scene(i, objects, side, distractors=1 + i // 20 % 3 if objects == 0 else None, split="train")
-    target = np.isin(labels(), scene.categories)
-    return i, np.asarray(scene.image), target, facts_of(scene)
-
-
 def taught(teacher, scenes, batch=100):
     """The teacher's probabilities for each training scene, asked for once: float32 (n, n_categories)."""
     weights = BUNDLED / teacher / "model.safetensors"
@@ -276,14 +213,14 @@ def train(name, n_scenes, epochs=None, seed=0, batch=64):
 
     @functools.cache
     def scenes_and_targets():
-        scenes = Scenes(n_scenes).make()
+        scenes = Scenes(n_scenes, one=recipe.scene).make()
         return scenes, (scenes.targets + taught(recipe.teacher, scenes)) / 2 if recipe.teacher else scenes.targets
 
     def batches(rng):
         scenes, targets = scenes_and_targets()
         return (
             (pictures, torch.from_numpy(targets[rows].astype(np.float32)).to(DEVICE))
-            for pictures, rows, _ in scenes.batches(batch, rng)
+            for pictures, rows, *_ in scenes.batches(batch, rng)
         )
 
     seconds = fit(

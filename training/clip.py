@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from training.captions import UNKNOWN, caption, flipped, truth, vocabulary
-from training.classifier import BUNDLED, DEVICE, RUNS, Scenes, training_scene
 from training.fit import fit
+from training.recorded import DEVICE, RUNS, Scenes, training_scene
 from training.report import INSTANCES, MEAN, SIDE, STD, made_by, normalised
+from xai_helpers.checkpoints import BUNDLED
 from xai_helpers.scenes import labels, make_scene, with_article
 
 START, PADDING, END = "<|startoftext|>", "<|padding|>", "<|endoftext|>"
@@ -142,7 +143,7 @@ def copy_tower(classifier, model):
     places[1:] += patches.bias  # CLIP's patches have none
     target.embeddings.position_embedding.weight.copy_(places)
     # CLIP has a norm more, in front of the blocks. It begins with the scale that the ViT's tokens have there.
-    pictures = np.stack([training_scene(i)[1] for i in range(20)])
+    pictures = np.stack([training_scene(i)["pictures"] for i in range(20)])
     target.pre_layrnorm.weight.fill_(embeddings(normalised(pictures)).std(dim=2).mean())
     names = {
         "attention.q_proj": "self_attn.q_proj",
@@ -224,7 +225,7 @@ def train(name, n_scenes, epochs=None, seed=0, batch=64):
         scenes = Scenes(n_scenes, recipe.side).make()
 
         def made():
-            for pictures, rows, flip in scenes.batches(batch, rng):
+            for pictures, rows, flip, _ in scenes.batches(batch, rng):
                 facts = flipped(scenes.facts[rows], flip)
                 written = [caption(rng, of_one) for of_one in facts for _ in range(CAPTIONS)]
                 tokens = words([text for text, _ in written], padding=True, return_tensors="pt").to(DEVICE)

@@ -10,13 +10,13 @@ from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, e
 def relevance(model, pixel_values, categories):
     """Shows what in an image speaks for each category, from the attentions and their gradients.
 
-    Gradient-weighted attention relevance (Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021,
-    the case of self-attention). R starts as the identity; each block, first to last, adds what it attends to with
-    a positive effect on the score: R <- R + mean over heads of max(attention * its gradient, 0) @ R. The map is
-    the row of the token that the head reads: the CLS row (the mean of the rows, for several such tokens); for a
-    mean-pooled head, the mean of the patches' rows. Which of the two is seen from the gradient: only the rows that
-    the head reads have one in the last block. One forward pass, and one backward pass a category. The model is
-    explained in eval mode with eager attention, and left as it was.
+    Gradient-weighted attention relevance (Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021, the
+    case of self-attention). R starts as the identity; each block, first to last, adds what it attends to with a
+    positive effect on the score: R <- R + mean over heads of max(attention * its gradient, 0) @ R. The map is the
+    row of the token that the head reads: the CLS row (the mean of the rows, for several such tokens), or that of a
+    YOLOS's detection token; for a mean-pooled head, the mean of the patches' rows. Which of the two is seen from
+    the gradient: only the rows that the head reads have one in the last block. One forward pass, and one backward
+    pass a category. The model is explained in eval mode with eager attention, and left as it was.
 
     Args:
         model: a ViT-like transformers model, or a module around one that maps images to a score tensor.
@@ -34,14 +34,14 @@ def relevance(model, pixel_values, categories):
     targets = category_targets(model, categories)
     scorer = LogitsModel(model)
     with frozen(scorer), eager_attention(scorer):
-        scores, attentions, grid = _attend(scorer, pixel_values)
+        scores, attentions, patches = _attend(scorer, pixel_values)
         maps = []
         for target in targets:
             gradients = _gradients(target(scores[0]), attentions)
             R = torch.eye(attentions[0].shape[-1], device=scores.device)
             for attention, gradient in zip(attentions, gradients, strict=True):
                 R = R + (attention * gradient).clamp(min=0).mean(dim=1)[0].detach().float() @ R
-            maps.append(_read(R, gradients[-1], grid))
+            maps.append(_read(R, gradients[-1], patches))
     return _at_image_size(maps, pixel_values)
 
 
@@ -57,12 +57,12 @@ def rollout(model, pixel_values):
     check_picture(pixel_values)
     scorer = LogitsModel(model)
     with frozen(scorer), eager_attention(scorer):
-        scores, attentions, grid = _attend(scorer, pixel_values)
+        scores, attentions, patches = _attend(scorer, pixel_values)
         gradients = _gradients(scores.sum(), attentions)
         R = identity = torch.eye(attentions[0].shape[-1], device=scores.device)
         for attention in attentions:
             R = (attention.mean(dim=1)[0].detach().float() + identity) / 2 @ R
-        maps = [_read(R, gradients[-1], grid)]
+        maps = [_read(R, gradients[-1], patches)]
     return _at_image_size(maps, pixel_values)
 
 
@@ -70,8 +70,9 @@ def _attend(scorer, pixel_values):
     """Runs the image once.
 
     Returns:
-        The scores; the attention weights of each block, (1, heads, tokens, tokens); the grid (rows, columns) of
-        the patches, which is that of the last convolution before the first attention.
+        The scores; the attention weights of each block, (1, heads, tokens, tokens); and the places of the patches
+        among the tokens, int (rows, columns). Their grid is that of the last convolution before the first attention,
+        and they come last, save for detection tokens.
     """
     attentions, grids = [], []
 
@@ -102,7 +103,8 @@ def _attend(scorer, pixel_values):
             f"the attentions of {name} have the shapes {sorted(set(shapes))}, wanted (1, heads, tokens, tokens) with "
             f"{grid[0]} x {grid[1]} patches among the tokens: windowed or pooled attention cannot be followed; {advice}"
         )
-    return scores, attentions, grid
+    last = tokens - getattr(scorer.config, "num_detection_tokens", 0)
+    return scores, attentions, torch.arange(last - grid[0] * grid[1], last).reshape(grid)
 
 
 def _gradients(score, attentions):
@@ -113,13 +115,12 @@ def _gradients(score, attentions):
     return gradients
 
 
-def _read(R, last_gradient, grid):
+def _read(R, last_gradient, patches):
     """The patches' relevance (rows, columns) for the tokens that the head reads."""
-    prefix = len(R) - grid[0] * grid[1]
-    has_gradient = last_gradient[0].any(dim=-1).any(dim=0)
-    reads_prefix = has_gradient[:prefix]
-    rows = R[:prefix][reads_prefix] if reads_prefix.any() else R[prefix:]
-    return rows[:, prefix:].mean(dim=0).reshape(grid).cpu().numpy()
+    others = last_gradient[0].any(dim=-1).any(dim=0)
+    others[patches.flatten()] = False
+    rows = R[others] if others.any() else R[patches.flatten()]
+    return rows.mean(dim=0)[patches].cpu().numpy()
 
 
 def _at_image_size(maps, pixel_values):

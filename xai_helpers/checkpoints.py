@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    AutoProcessor,
+)
 
+from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene
 from xai_helpers.scoring import Example
@@ -34,6 +42,24 @@ CLIPS = {
     "clip-large": "openai/clip-vit-large-patch14",
 }
 
+#: The same for models that find objects, by a box or by their pixels. torchvision has its own Faster R-CNN.
+FINDERS = {
+    "yolos": "hustvl/yolos-tiny",
+    "faster-rcnn": "fasterrcnn_resnet50_fpn",
+    "segmenter": "nvidia/segformer-b0-finetuned-ade-512-512",
+}
+
+#: Models that were trained to have a fault: nobody published them.
+FAULTY = {"resnet-shortcut": None}
+
+#: name -> the classes that load it, and the module of `training` that made it. The others are classifiers.
+KINDS = {
+    **dict.fromkeys(CLIPS, (AutoModel, AutoProcessor, "clip")),
+    "yolos": (AutoModelForObjectDetection, AutoImageProcessor, "detector"),
+    "faster-rcnn": (SceneFasterRCNN, AutoImageProcessor, "detector"),
+    "segmenter": (AutoModelForSemanticSegmentation, AutoImageProcessor, "segmenter"),
+}
+
 #: Category of the scenes -> its name among ImageNet's 1000. They have no coin, astronaut or pagoda. The label set of
 #: ImageNet-22k writes underscores for blanks, and `category_index` finds these names in it all the same.
 IMAGENET_NAMES = {
@@ -43,6 +69,10 @@ IMAGENET_NAMES = {
     "motorcycle": "moped",
     "rocket": "space shuttle",
 }
+
+#: The same for COCO's 80 categories, which detectors know, and for ADE20K's 150, which segmenters know.
+COCO_NAMES = {"cat": "cat", "coffee cup": "cup", "motorcycle": "motorcycle"}
+ADE_NAMES = {"flower": "flower", "motorcycle": "minibike"}
 
 HUB_PICTURE = "huggingface/cats-image"
 #: Left, top, right, bottom in pixels of that 640 x 480 picture: detections in the card of facebook/detr-resnet-50.
@@ -61,37 +91,49 @@ def load(name, weights=None, device=None):
     """Load a model, in eval mode, and its processor.
 
     Args:
-        name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`.
+        name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`, `FINDERS` or `FAULTY`.
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
         device: where the model goes, as in `torch.device`. None leaves it on the CPU.
 
     Returns:
         (model, processor): a transformers model for image classification in float32, and its image processor; for one
-        of `CLIPS` a CLIPModel, and a processor of pictures and texts.
+        of `CLIPS` a CLIPModel, and a processor of pictures and texts; for one of `FINDERS` a model for object detection
+        or semantic segmentation. "faster-rcnn" is torchvision's, with a `config.id2label` beside.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or published weights of one of `FAULTY`.
         OSError: the checkpoint is not there and cannot be fetched.
     """
-    published = HUB | CLIPS
+    published = HUB | CLIPS | FINDERS | FAULTY
     if name not in published:
         raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(published)}.")
-    model_class, processor_class, trained_by = AutoModelForImageClassification, AutoImageProcessor, "classifier"
-    if name in CLIPS:
-        model_class, processor_class, trained_by = AutoModel, AutoProcessor, "clip"
+    model_class, processor_class, trained_by = KINDS.get(
+        name, (AutoModelForImageClassification, AutoImageProcessor, "classifier")
+    )
     weights = chosen_weights(weights)
     source = {"bundled": BUNDLED / name, "hub": published[name]}.get(weights, weights)
+    if source is None:
+        raise ValueError(f"{name!r} has a fault that is to be found; it is bundled only: load({name!r}, 'bundled').")
     if weights == "bundled" and not source.is_dir():
+        elsewhere = f'; or use the published one: load({name!r}, weights="hub")' if published[name] else ""
         raise OSError(
             f"The checkpoint {name!r} is not bundled yet. In a clone of the project, train it: python -m "
-            f'training.{trained_by} {name}; or use the published one: load({name!r}, weights="hub").'
+            f"training.{trained_by} {name}{elsewhere}."
         )
     try:
-        processor = processor_class.from_pretrained(source)
-        model = model_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True if weights == "bundled" else None
-        )
+        if model_class is SceneFasterRCNN:
+            if weights == "hub":
+                model, processor = published_faster_rcnn(source)
+            else:
+                processor = processor_class.from_pretrained(source)
+                with contextlib.redirect_stdout(None):  # it prints where it reads from
+                    model = model_class.from_pretrained(source)
+        else:
+            processor = processor_class.from_pretrained(source)
+            model = model_class.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True if weights == "bundled" else None
+            )
     except OSError as error:
         raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
     return model.to(device).eval() if device else model.eval(), processor
@@ -131,9 +173,10 @@ def scene_categories(model):
     if set(labels()) <= set(names.values()):
         return {name: name for name in labels()}
     found = {}
-    for category, name in IMAGENET_NAMES.items():
-        with contextlib.suppress(ValueError):  # a category that the model does not know
-            found[category] = names[category_index(model, name)]
+    for known in (IMAGENET_NAMES, COCO_NAMES, ADE_NAMES):
+        for category, name in known.items():
+            with contextlib.suppress(ValueError):  # a category that the model does not know
+                found.setdefault(category, names[category_index(model, name)])
     return found
 
 
@@ -187,7 +230,9 @@ def as_example(scene, model, processor):
     if unknown:
         raise ValueError(f"The model has no category for {', '.join(unknown)}; it has one for {', '.join(names)}.")
     seen = as_seen(scene, processor)
-    pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(model.device)
+    pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(
+        next(model.parameters()).device
+    )
     return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
 
 

@@ -1,5 +1,6 @@
 """How well a map hits a known answer, how sure that is, and whether a score depends on what the map shows."""
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 
 
 @dataclass
@@ -115,6 +117,22 @@ def centre_dots(n, height, width):
     return np.repeat(dot[None] / dot.max(), n, axis=0)
 
 
+def edge_maps(n, pixel_values):
+    """A baseline: where the picture has edges, the same for every category; it has never seen the model.
+
+    Args:
+        n: how many.
+        pixel_values: one image, float tensor (1, 3, height, width).
+
+    Returns:
+        A float32 array (n, height, width) in [0, 1].
+    """
+    grey = pixel_values[0].mean(dim=0).cpu().numpy()
+    strength = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    smooth = cv2.GaussianBlur(strength, (0, 0), max(grey.shape) / 40)
+    return np.repeat(smooth[None] / max(smooth.max(), 1e-12), n, axis=0)
+
+
 def score_maps(methods, examples):
     """Score methods map by map, beside the baselines "centre dot" and "random map".
 
@@ -205,6 +223,54 @@ def behind_best(scores, methods, score="pointing"):
     gaps = {name: by_scene.iloc[:, 0] - by_scene[name] for name in by_scene}
     rows = {name: (by_scene[name].mean(), gap.mean(), *bootstrap_interval(gap)) for name, gap in gaps.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=[score, "behind", "from", "to"])
+
+
+def likeness(a, b):
+    """Spearman's rank correlation of two maps, (height, width), over the pixels where both are above zero.
+
+    Zeros are left out, since maps that end in a ReLU share many of them. NaN for fewer than 50 pixels.
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    both = (a > 0) & (b > 0)
+    return float(spearmanr(a[both], b[both]).statistic) if both.sum() >= 50 else float("nan")
+
+
+def sanity_check(model, parts, methods_of, examples, seed=0):
+    """Do maps change when the model is destroyed? The cascading randomisation of Adebayo et al. (NeurIPS 2018).
+
+    A copy of the model gets random weights, one part after the other from the top down; after each, the maps of the
+    examples' first categories are made anew.
+
+    Args:
+        model: it is left as it is.
+        parts: name -> dotted path of a module in it, the last one of the model first.
+        methods_of: function of a model that gives its methods, name -> function (pixel_values, categories) -> maps.
+        examples: `Example` objects.
+        seed: of the random weights.
+
+    Returns:
+        A pandas DataFrame, a row a part, a column a method: the mean `likeness` to the map of the trained model.
+    """
+
+    def maps_of(one):
+        return {
+            name: [method(example.pixel_values, example.categories[:1])[0] for example in examples]
+            for name, method in methods_of(one).items()
+        }
+
+    trained, broken, rows = maps_of(model), copy.deepcopy(model), {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part, path in parts.items():
+            for module in broken.get_submodule(path).modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            after = maps_of(broken)
+            rows[part] = {
+                name: np.nanmean([likeness(a, b) for a, b in zip(trained[name], after[name], strict=True)])
+                for name in trained
+            }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):

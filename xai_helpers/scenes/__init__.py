@@ -41,11 +41,14 @@ class Scene:
         image: RGB picture (PIL).
         categories: one name an object, in the order of the masks.
         masks: bool, (n_objects, height, width): the pixels in which each object is visible.
+        distractors: bool, (n_distractors, height, width): the same of each thing without a category; None where nobody
+            knows, as in a photo.
     """
 
     image: Image.Image
     categories: list[str]
     masks: np.ndarray
+    distractors: np.ndarray | None = None
 
     @property
     def boxes(self):
@@ -119,8 +122,12 @@ def make_scene(seed, objects=None, size=384, distractors=None, split="test", amo
     canvas = canvas * appearance.uniform(0.8, 1.15) + grain.normal(0, appearance.uniform(0, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     seen = _visible(alphas)
-    order = [i for _, i in sorted((paste.object, i) for i, paste in enumerate(pastes) if paste.object is not None)]
-    return Scene(image, categories, np.array([seen[i] for i in order], bool).reshape(-1, size, size))
+    objects = sorted((paste.object, i) for i, paste in enumerate(pastes) if paste.object is not None)
+    masks, others = (
+        np.array([seen[i] for i in order], bool).reshape(-1, size, size)
+        for order in ([i for _, i in objects], [i for i, paste in enumerate(pastes) if paste.object is None])
+    )
+    return Scene(image, categories, masks, others)
 
 
 def as_seen(scene, processor):
@@ -137,9 +144,13 @@ def as_seen(scene, processor):
         A `Scene`. Where the processor pads the picture, it is padded with black here.
     """
     left, top, right, bottom = (round(edge) for edge in seen_box(processor, scene.image.size))
-    masks = [np.asarray(Image.fromarray(seen).crop((left, top, right, bottom))) for seen in scene.masks]
-    masks = np.array(masks, bool).reshape(-1, bottom - top, right - left)
-    return Scene(scene.image.crop((left, top, right, bottom)), scene.categories, masks)
+
+    def cropped(masks):
+        masks = [np.asarray(Image.fromarray(seen).crop((left, top, right, bottom))) for seen in masks]
+        return np.array(masks, bool).reshape(-1, bottom - top, right - left)
+
+    distractors = None if scene.distractors is None else cropped(scene.distractors)
+    return Scene(scene.image.crop((left, top, right, bottom)), scene.categories, cropped(scene.masks), distractors)
 
 
 def dataset(n, seed=0, objects=None, size=128, distractors=None, split="train"):

@@ -1,0 +1,119 @@
+"""Maps from the pixels: Captum's gradient methods, occlusion, and random masks."""
+
+import warnings
+
+import cv2
+import numpy as np
+import torch
+from captum.attr import Occlusion, Saliency
+
+from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen
+
+
+class _Score(torch.nn.Module):
+    """The scores of several targets as columns, so that Captum finds each by its number."""
+
+    def __init__(self, model, targets):
+        super().__init__()
+        self.model = LogitsModel(model)
+        self.targets = targets
+
+    def forward(self, pixel_values):
+        return torch.stack([torch.stack([target(row) for target in self.targets]) for row in self.model(pixel_values)])
+
+
+def _scaled(maps):
+    maps = np.float32(maps)
+    return maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)
+
+
+def attribute(model, pixel_values, categories, method=Saliency, **options):
+    """How much each pixel speaks for or against each category, by one of Captum's methods.
+
+    Args:
+        model: a transformers classification model, or any module that maps images to a score tensor.
+        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        categories: as in `cam.explain`.
+        method: a class of Captum such as Saliency or IntegratedGradients, or a function of a scorer that makes one,
+            such as `lambda net: NoiseTunnel(Saliency(net))`.
+        options: for its `attribute`, such as `n_steps` or `nt_samples`.
+
+    Returns:
+        A float32 array (n_categories, height, width) in [0, 1]: the absolute attributions, summed over the channels and
+        divided by the largest of the map.
+
+    Raises:
+        ValueError: an unknown category, or pixel_values of another shape.
+    """
+    check_picture(pixel_values)
+    scorer = _Score(model, category_targets(model, categories))
+    with frozen(scorer), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Setting backward hooks")  # Captum removes them
+        warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+        engine = method(scorer)
+        found = [
+            engine.attribute(pixel_values.detach().clone().requires_grad_(), target=i, **options).detach()
+            for i in range(len(scorer.targets))
+        ]
+    return _scaled(torch.cat(found).abs().sum(dim=1).cpu().numpy())
+
+
+def occlude(model, pixel_values, categories, window=None, step=None, batch=25):
+    """How much of each score is lost where a window is greyed out (Zeiler, Fergus, ECCV 2014); Captum slides it.
+
+    Args:
+        model, pixel_values, categories: as in `attribute`. All categories are read from the same pictures.
+        window: its side in pixels; None: a quarter of the picture's.
+        step: how far it moves; None: half of its side.
+        batch: pictures in one pass.
+
+    Returns:
+        A float32 array (n_categories, height, width) in [0, 1]; what raises the score when it is hidden is zero.
+    """
+    check_picture(pixel_values)
+    window = window or max(pixel_values.shape[2:]) // 4
+    step = step or max(1, window // 2)
+    scorer = _Score(model, category_targets(model, categories))
+    with frozen(scorer), torch.no_grad():
+        drops = Occlusion(scorer).attribute(
+            pixel_values,
+            sliding_window_shapes=(pixel_values.shape[1], window, window),
+            strides=(pixel_values.shape[1], step, step),
+            perturbations_per_eval=batch,
+        )
+    return _scaled(drops[:, 0].clamp(min=0).cpu().numpy())
+
+
+def rise(model, pixel_values, categories, n_masks=200, cells=7, batch=50, seed=0):
+    """Which pixels were visible when the score was high: RISE (Petsiuk, Das, Saenko, BMVC 2018).
+
+    The picture is multiplied with random masks, coarse grids of zeros and ones, enlarged smoothly and shifted. The map
+    is the covariance of "visible" and "score", over the masks: the original weighs the masks by the scores themselves,
+    which were probabilities; with logits the map would mostly show how often each pixel happened to be visible.
+
+    Args:
+        model, pixel_values, categories: as in `attribute`. All categories are read from the same masked pictures.
+        n_masks: how many.
+        cells: of a grid, along a side.
+        batch: pictures in one pass.
+        seed: of the masks.
+
+    Returns:
+        A float32 array (n_categories, height, width) in [0, 1].
+    """
+    check_picture(pixel_values)
+    masks = torch.from_numpy(_random_masks(n_masks, cells, *pixel_values.shape[2:], seed)).to(pixel_values.device)
+    scorer = _Score(model, category_targets(model, categories))
+    with frozen(scorer), torch.no_grad():
+        scores = torch.cat([scorer(pixel_values * some[:, None]) for some in masks.split(batch)])
+        maps = torch.einsum("mc,mhw->chw", scores - scores.mean(dim=0), masks)
+    return _scaled(maps.clamp(min=0).cpu().numpy())
+
+
+def _random_masks(n, cells, height, width, seed):
+    rng = np.random.default_rng(seed)
+    tall, wide = -(-height // cells), -(-width // cells)
+    grids = (rng.random((n, cells + 1, cells + 1)) < 0.5).astype(np.float32)
+    large = [cv2.resize(grid, (wide * (cells + 1), tall * (cells + 1))) for grid in grids]
+    shifts = rng.integers((tall, wide), size=(n, 2))
+    return np.stack([mask[y : y + height, x : x + width] for mask, (y, x) in zip(large, shifts, strict=True)])
