@@ -4,7 +4,6 @@ Writes xai_helpers/bundled/<name>/ in the hub's folder format with a model card.
 last epoch (training/runs/<name>/). It uses a GPU where there is one.
 """
 
-import argparse
 import functools
 import hashlib
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from training.fit import fit
+from training.fit import arguments, fit
 from training.recorded import DEVICE, RUNS, Scenes, bare_scene, training_scene
 from training.report import MEAN, SIDE, STD, normalised, report, score
 from xai_helpers.checkpoints import BUNDLED
@@ -248,17 +247,13 @@ def save(model, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=recipes())
-    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    arguments = parser.parse_args()
-    recipe, folder = recipes()[arguments.name], BUNDLED / arguments.name
-    model, seconds = train(arguments.name, arguments.scenes, arguments.epochs)
+    given = arguments(__doc__, recipes())
+    recipe, folder = recipes()[given.name], BUNDLED / given.name
+    model, seconds = train(given.name, given.scenes, given.epochs)
     save(model, folder)
     teacher = f", half of the loss against the outputs of the bundled {recipe.teacher}" if recipe.teacher else ""
     how = (
-        f"{arguments.scenes} training scenes of {SIDE} x {SIDE} pixels, {arguments.epochs or recipe.epochs} epochs, "
+        f"{given.scenes} training scenes of {SIDE} x {SIDE} pixels, {given.epochs or recipe.epochs} epochs, "
         f"flips and shifts of up to 8 pixels; binary cross-entropy, several labels a picture{teacher}; "
         f"AdamW, rate {recipe.rate:g}, one cycle, weight decay {recipe.decay:g} on matrices, batch 64, seed 0."
     )

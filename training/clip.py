@@ -4,7 +4,6 @@ Writes xai_helpers/bundled/<name>/ in the hub's folder format, with tokenizer, p
 was stopped goes on from its last epoch (training/runs/<name>/). It uses a GPU where there is one.
 """
 
-import argparse
 import re
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from training.captions import UNKNOWN, caption, flipped, truth, vocabulary
-from training.fit import fit
+from training.fit import arguments, fit
 from training.recorded import DEVICE, RUNS, Scenes, training_scene
 from training.report import INSTANCES, MEAN, SIDE, STD, made_by, normalised
 from xai_helpers.checkpoints import BUNDLED
@@ -311,18 +310,14 @@ Test scenes have distractors of kinds that training never shows.
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    arguments = parser.parse_args()
-    recipe, folder = RECIPES[arguments.name], BUNDLED / arguments.name
-    model, seconds = train(arguments.name, arguments.scenes, arguments.epochs)
+    given = arguments(__doc__, RECIPES)
+    recipe, folder = RECIPES[given.name], BUNDLED / given.name
+    model, seconds = train(given.name, given.scenes, given.epochs)
     model.half().save_pretrained(folder, max_shard_size=SHARD)
     processor(recipe.side).save_pretrained(folder)
     how = (
-        f"{arguments.scenes} training scenes of {recipe.side} x {recipe.side} pixels, "
-        f"{arguments.epochs or recipe.epochs} epochs, "
+        f"{given.scenes} training scenes of {recipe.side} x {recipe.side} pixels, "
+        f"{given.epochs or recipe.epochs} epochs, "
         f"flips and shifts of up to 8 pixels; {CAPTIONS} fresh captions a picture and epoch; symmetric contrastive "
         f"loss in which every true caption of a picture counts as its own; AdamW, rate {recipe.rate:g}, one cycle, "
         f"weight decay {recipe.decay:g} on matrices, batch 64, seed 0."

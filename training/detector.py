@@ -4,7 +4,6 @@ Writes xai_helpers/bundled/<name>/ in the hub's folder format with a model card.
 last epoch (training/runs/<name>/). It uses a GPU where there is one.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
-from training.fit import fit
+from training.fit import arguments, fit
 from training.recorded import DEVICE, RUNS, Scenes, placed_scene
 from training.report import INSTANCES, MEAN, SIDE, STD, made_by, normalised
 from xai_helpers.checkpoints import BUNDLED
@@ -306,20 +305,16 @@ scenes have distractors of kinds that training never shows.
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=RECIPES)
-    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default: the recipe's")
-    arguments = parser.parse_args()
-    recipe, folder = RECIPES[arguments.name], BUNDLED / arguments.name
-    model, seconds = train(arguments.name, arguments.scenes, arguments.epochs)
-    save(arguments.name, model, folder)
+    given = arguments(__doc__, RECIPES)
+    recipe, folder = RECIPES[given.name], BUNDLED / given.name
+    model, seconds = train(given.name, given.scenes, given.epochs)
+    save(given.name, model, folder)
     how = (
-        f"{arguments.scenes} training scenes of {SIDE} x {SIDE} pixels, epochs: {arguments.epochs or recipe.epochs}, "
+        f"{given.scenes} training scenes of {SIDE} x {SIDE} pixels, epochs: {given.epochs or recipe.epochs}, "
         f"flips and shifts of up to 8 pixels; AdamW, rate {recipe.rate:g}, one cycle, weight decay {recipe.decay:g} "
         f"on matrices, batch {recipe.batch}, seed 0."
     )
-    report(arguments.name, folder, model, how, seconds)
+    report(given.name, folder, model, how, seconds)
 
 
 if __name__ == "__main__":

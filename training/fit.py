@@ -1,5 +1,6 @@
 """The training loop of every bundled checkpoint: AdamW, one cycle of the rate, resumed after its last epoch."""
 
+import argparse
 import math
 import time
 
@@ -62,3 +63,12 @@ def fit(model, state_file, batches, loss_of, check, *, epochs, steps, rate, deca
         torch.save({**state, "epoch": epoch + 1, "seconds": seconds}, state_file)
         print(f"epoch {epoch + 1}: loss {np.mean(losses):.4f}, {seconds:.0f} s, {check(model)}", flush=True)
     return seconds
+
+
+def arguments(description, names):
+    """The command line of every training: `name`, one of names, `scenes`, and `epochs` (None: the recipe's)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=names)
+    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    return parser.parse_args()

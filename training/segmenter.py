@@ -4,13 +4,11 @@ Writes xai_helpers/bundled/segmenter/ in the hub's folder format with a model ca
 its last epoch (training/runs/segmenter/). It uses a GPU where there is one.
 """
 
-import argparse
-
 import numpy as np
 import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
-from training.fit import fit
+from training.fit import arguments, fit
 from training.recorded import DEVICE, RUNS, Scenes, placed_scene
 from training.report import INSTANCES, MEAN, SIDE, STD, made_by, normalised
 from xai_helpers.checkpoints import BUNDLED
@@ -124,19 +122,15 @@ with the highest score. Test scenes have distractors of kinds that training neve
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["segmenter"])
-    parser.add_argument("--scenes", type=int, default=40_000, help="training scenes (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
-    arguments = parser.parse_args()
-    folder = BUNDLED / "segmenter"
-    model, seconds = train(arguments.scenes, arguments.epochs)
+    given = arguments(__doc__, ["segmenter"])
+    epochs, folder = given.epochs or EPOCHS, BUNDLED / "segmenter"
+    model, seconds = train(given.scenes, epochs)
     model.half().save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
     SegformerImageProcessor(size=size, image_mean=[MEAN] * 3, image_std=[STD] * 3).save_pretrained(folder)
     how = (
-        f"{arguments.scenes} training scenes of {SIDE} x {SIDE} pixels with the category of each pixel, "
-        f"{arguments.epochs} epochs, flips and shifts of up to 8 pixels; cross-entropy; AdamW, rate {RATE:g}, one "
+        f"{given.scenes} training scenes of {SIDE} x {SIDE} pixels with the category of each pixel, "
+        f"{epochs} epochs, flips and shifts of up to 8 pixels; cross-entropy; AdamW, rate {RATE:g}, one "
         f"cycle, weight decay {DECAY:g} on matrices, batch {BATCH}, seed 0."
     )
     report(folder, how, seconds)
