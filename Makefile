@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help book serve test chapters pages strip requirements fork clean
+.PHONY: help book serve test chapters pages strip student requirements fork grade course clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-14s%s\n", $$1, $$2}' Makefile
@@ -46,7 +46,7 @@ serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 # Two workers with one thread each are faster on two cores than two workers that fight for both.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600 --ignore notebooks/student
 
 # The chapters run as copies, which keep their outputs for the next `make book`. (nbmake passes over _build.)
 RUN = .executed
@@ -55,6 +55,7 @@ test: .venv/ready $(CACHE_FOR)  ## lint, run every chapter and every test
 	$(BIN)/ruff check .
 	rm -rf $(RUN)
 	cp -R notebooks $(RUN)
+	rm -rf $(RUN)/student
 	$(PYTEST) --overwrite $(RUN) tests
 	$(BIN)/python book/outputs.py $(RUN)
 
@@ -69,8 +70,11 @@ pages: .venv/ready  ## look at every page of the built book in a browser (needs 
 strip: .venv/ready  ## take the outputs out of the chapters, as the tests want them
 	find notebooks -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout {} +
 
+student: .venv/ready  ## write the student edition of chapters with tasks, notebooks/student
+	$(BIN)/python book/student.py
+
 requirements: .venv/ready  ## compile requirements.txt from pyproject.toml (with new releases: UPGRADE=--upgrade)
-	$(BIN)/uv pip compile --quiet $(UPGRADE) pyproject.toml --extra book --universal --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet $(UPGRADE) pyproject.toml --all-extras --universal --python-version 3.11 \
 		--annotation-style line --custom-compile-command "make requirements" --output-file requirements.txt
 
 fork: .venv/ready  ## write another repository address everywhere: REPOSITORY=https://github.com/you/your-fork
@@ -78,6 +82,15 @@ fork: .venv/ready  ## write another repository address everywhere: REPOSITORY=ht
 
 clean:  ## remove everything that was built, but not the environment in .venv
 	rm -rf _build build $(RUN) *.egg-info .pytest_cache .ruff_cache
+
+# ---- course ---------------------------------------------------------------------------------------------------------
+
+grade: .venv/ready  ## try the grading with nbgrader on three made-up hand-ins (another lab: LAB=lime)
+	rm -rf _build/course
+	$(BIN)/python book/course.py try _build/course $(LAB)
+
+course: .venv/ready  ## set up a course with nbgrader in a folder of your own: COURSE=~/xai-course
+	$(BIN)/python book/course.py new "$(COURSE)"
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 
