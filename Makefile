@@ -35,7 +35,13 @@ $(CACHE_FOR): .venv/ready book/matplotlibrc $(shell find xai_helpers -type f ! -
 	mkdir _build
 	@touch $@
 
-book: .venv/ready $(CACHE_FOR)  ## execute the chapters and build the book in _build/html; warnings are errors
+# The explorer's maps are made by the bundled models, whatever the chapters use.
+EXPLORER = _build/explorer/fragment.html
+
+$(EXPLORER): $(CACHE_FOR) book/explorer.py book/explorer.html
+	$(BIN)/python book/explorer.py _build/explorer
+
+book: .venv/ready $(CACHE_FOR) $(EXPLORER)  ## execute the chapters and build the book in _build/html; warnings are errors
 	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
 

@@ -194,3 +194,31 @@ def test_concepts_and_labels_are_to_be_as_many_and_few():
         show_concepts(flat(), concepts(3), ["cat", "coin"])
     with pytest.raises(ValueError, match="at most 8"):
         show_concepts(flat(), concepts(9), list("abcdefghi"))
+
+
+def test_a_quantile_gets_the_full_colour():
+    heat = np.zeros((32, 48), np.float32)
+    heat[:16] = 0.2
+    heat[20, 30] = 1
+    figure = show_maps(flat(), heat[None], "a", full_at=0.9)  # half of the map is 0.2, and so is its 0.9 quantile
+    drawn = np.asarray(panels(figure)[1].get_images()[0].get_array())
+    np.testing.assert_array_equal(drawn[5, 5], drawn[20, 30])
+    np.testing.assert_array_equal(drawn[5, 5], overlay(flat(), np.ones((32, 48)))[0, 0])
+    assert "share of the 0.9 quantile" in [ax.get_ylabel() for ax in figure.axes]
+    sparse = np.zeros((32, 48), np.float32)
+    sparse[3, 4] = 1  # its 0.9 quantile is 0: drawn up to the maximum
+    drawn = np.asarray(panels(show_maps(flat(), sparse[None], "a", full_at=0.9))[1].get_images()[0].get_array())
+    np.testing.assert_array_equal(drawn, overlay(flat(), sparse))
+    with pytest.raises(ValueError, match="full_at is a quantile, above 0 and at most 1, not 99"):
+        show_maps(flat(), heat[None], "a", full_at=99)
+
+
+def test_the_scores_are_those_of_the_whole_map():
+    heat = np.zeros((32, 48), np.float32)
+    heat[:, 24:] = 0.5
+    heat[:, :2] = 1  # 64 of 448 in all
+    answer = np.zeros((32, 48), bool)
+    answer[:, :24] = True
+    for quantile in (0.5, 1.0):
+        figure = show_maps(flat(), heat[None], "a", answers=answer[None], full_at=quantile)
+        assert panels(figure)[1].get_title() == "a\nhit, 14% inside"

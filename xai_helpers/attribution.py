@@ -48,7 +48,7 @@ def attribute(model, pixel_values, categories, method=Saliency, **options):
     check_picture(pixel_values)
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Setting backward hooks")  # Captum removes them
+        warnings.filterwarnings("ignore", "Setting .*backward hooks")  # Captum removes them
         warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
         engine = method(scorer)
         found = [

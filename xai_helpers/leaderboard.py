@@ -75,14 +75,16 @@ def target_layer(name, model, pixel_values):
     return layer.module, layer.reshape_transform
 
 
-def methods_for(name, model, pixel_values):
+def methods_for(name, model, pixel_values, layer=None):
     """All methods that can explain a model: name -> function (pixel_values, categories) -> maps.
 
     Args:
         name, model: as for `checkpoints.load`, of one of `MODELS`, or "resnet-shortcut".
         pixel_values: a picture, whose size the others have, too.
+        layer: where the CAMs are made, (module, reshape_transform). None: at the `target_layer` of the family; with a
+            layer of your own, the name is not used.
     """
-    layer = target_layer(name, model, pixel_values)
+    layer = layer or target_layer(name, model, pixel_values)
     methods = {key: lambda x, names, cam=cam: explain(model, x, names, *layer, method=cam) for key, cam in CAMS.items()}
     if isinstance(model.config, ResNetConfig):
         methods["FullGrad"] = lambda x, names: explain(model, x, names, layer[0], method=grad_cam.FullGrad)

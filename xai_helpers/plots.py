@@ -41,7 +41,7 @@ def overlay(image, heat):
     return ((opacity * HEAT[index] + (1 - opacity) * grey) * 255).round().astype(np.uint8)
 
 
-def show_maps(image, maps, titles, answers=None):
+def show_maps(image, maps, titles, answers=None, full_at=1.0):
     """Show the image and each map over it, all on one scale. With answers, their outlines and the scores are drawn too.
 
     Args:
@@ -50,13 +50,17 @@ def show_maps(image, maps, titles, answers=None):
         titles: one a map.
         answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
             ("hit" or "miss") and which share of the map does ("inside").
+        full_at: the quantile of each map that has the full colour, and all above it. Maps of single pixels look empty
+            up to their maximum, so give 0.99 for them. The cross and the scores are those of the whole map.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        ValueError: the numbers of maps, titles and answers differ.
+        ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
     """
+    if not 0 < full_at <= 1:
+        raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
     maps, titles = [np.asarray(one) for one in maps], [titles] if isinstance(titles, str) else list(titles)
     if len(maps) != len(titles) or (answers is not None and len(answers) != len(maps)):
         raise ValueError(
@@ -76,7 +80,8 @@ def show_maps(image, maps, titles, answers=None):
     axes.flat[0].imshow(image)
     axes.flat[0].set_title("what the model saw")
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
-        ax.imshow(overlay(image, heat))
+        end = np.quantile(heat, full_at) or 1  # of a map of hardly anything it may be 0
+        ax.imshow(overlay(image, np.minimum(heat / end, 1) if full_at < 1 else heat))
         peak = np.unravel_index(heat.argmax(), heat.shape)
         scale = np.array([image.height, image.width]) / heat.shape
         if answers is not None:
@@ -93,7 +98,7 @@ def show_maps(image, maps, titles, answers=None):
             )
         ax.set_title(title)
     bar = figure.colorbar(ScalarMappable(cmap=HEAT_OVER_GREY), ax=axes, shrink=0.8, aspect=30, pad=0.02)
-    bar.set_label("share of the maximum")
+    bar.set_label("share of the maximum" if full_at == 1 else f"share of the {full_at:.3g} quantile")
     return figure
 
 

@@ -1,0 +1,169 @@
+"""Checks of the book's tasks, one module a chapter: each says in a sentence what is right or wrong with an answer.
+
+    from xai_helpers.checks import gradients as checks
+
+    checks.saliency(attribution, net, pixel_values, index)
+
+A check computes the right answer in its own way, so that any right way to it is accepted, and the answers of typical
+mistakes, so that it can say which one was made. It prints a sentence, or raises `Wrong` with one.
+"""
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr
+
+from xai_helpers.scoring import energy_inside, hits
+
+NO_SIGN = "has lost its sign: negative values are wanted, too"
+
+
+class Wrong(AssertionError):
+    """An answer is not right; the message says why."""
+
+
+def right(sentence):
+    """Tell the reader that an answer is right."""
+    print(f"Right. {sentence}")
+
+
+def as_array(answer, what, shape=None):
+    """An answer as numbers.
+
+    Args:
+        answer: a tensor on any device, an array, a list or a number.
+        what: what it is called in messages, such as "The attribution".
+        shape: the shape that is wanted, as a tuple; None takes any.
+
+    Returns:
+        A float64 array.
+
+    Raises:
+        Wrong: it has no numbers, another shape, or values that are not finite.
+    """
+    if answer is None or answer is Ellipsis:
+        raise Wrong(f"{what} is {answer}: give it a value, or let the function return one.")
+    if isinstance(answer, torch.Tensor):
+        answer = answer.detach().cpu()
+    try:
+        values = np.asarray(answer, np.float64)
+    except (TypeError, ValueError) as error:
+        raise Wrong(f"{what} has to be a tensor or an array of numbers, not {type(answer).__name__}.") from error
+    if shape is not None and values.shape != tuple(shape):
+        raise Wrong(f"{what} has the shape {values.shape}; {tuple(shape)} is wanted.")
+    if not np.isfinite(values).all():
+        raise Wrong(f"{what} has values that are not finite. Is there a division by zero?")
+    return values
+
+
+def same(answer, wanted, what, mistakes=None, tolerance=0.01):
+    """The answer is the wanted one, up to rounding.
+
+    Args:
+        answer: as in `as_array`.
+        wanted: the right answer, an array or a tensor of any shape.
+        what: what the answer is called in messages.
+        mistakes: sentence -> the answer that this mistake gives, such as {"belongs to another category": ...}. The
+            sentence follows `what`. Transposed answers, other signs and other scales are found without being listed.
+        tolerance: of the largest difference, as a share of the wanted answer's largest absolute value.
+
+    Returns:
+        The answer as a float64 array.
+
+    Raises:
+        Wrong: it is not, with the mistake that gives it.
+    """
+    wanted = as_array(wanted, "The right answer")
+    given = as_array(answer, what, wanted.shape)
+    if _close(given, wanted, tolerance):
+        return given
+    for sentence, other in {**(mistakes or {}), **_typical(wanted)}.items():
+        if _close(given, as_array(other, "A wrong answer"), tolerance):
+            raise Wrong(f"{what} {sentence}.")
+    if wanted.size == 1:
+        raise Wrong(f"{what} is {given.item():.4g}, which is not right.")
+    likeness = correlation(given, wanted)
+    if likeness > 0.999:
+        raise Wrong(
+            f"{what} has the right pattern on another scale: it goes from {given.min():.3g} to {given.max():.3g}, the "
+            f"right one from {wanted.min():.3g} to {wanted.max():.3g}."
+        )
+    raise Wrong(f"{what} is not right: its correlation with the right one is {likeness:.2f}.")
+
+
+def alike(answer, wanted, what, mistakes=None, least=0.9):
+    """The answer is like the wanted one, as two runs of a random method are alike: on any scale.
+
+    Args and errors are those of `same`, but an answer and a mistake need not be equal: the answer's correlation with
+    the wanted one has to be `least` or more, and higher than with any mistake.
+
+    Returns:
+        The answer as a float64 array.
+    """
+    wanted = as_array(wanted, "The right answer")
+    given = as_array(answer, what, wanted.shape)
+    likeness = correlation(given, wanted)
+    found = {
+        sentence: correlation(given, as_array(other, "A wrong answer"))
+        for sentence, other in {**(mistakes or {}), **_typical(wanted)}.items()
+        if sentence != NO_SIGN or given.min() >= 0
+    }
+    sentence = max(found, key=found.get)
+    if found[sentence] > max(likeness, 0.5):
+        raise Wrong(f"{what} {sentence}.")
+    if likeness < least:
+        raise Wrong(
+            f"{what} is not right: its correlation with one that is right is {likeness:.2f}, and {least:.2f} is wanted."
+        )
+    return given
+
+
+def is_heat_map(answer, what, shape):
+    """The answer is a map in [0, 1] whose largest value is 1.
+
+    Returns:
+        The answer as a float64 array.
+
+    Raises:
+        Wrong: it is not.
+    """
+    given = as_array(answer, what, shape)
+    if given.min() < 0:
+        raise Wrong(f"{what} goes down to {given.min():.3g}: a heat map has no negative values.")
+    if not np.isclose(given.max(), 1, atol=1e-3):
+        raise Wrong(f"{what} has the largest value {given.max():.3g}: divide it by that, so that it becomes 1.")
+    return given
+
+
+def points_at(heat, mask, what, least_energy=0.0):
+    """The largest value of a map, (height, width), lies on the object, and enough of its energy does.
+
+    Raises:
+        Wrong: it does not.
+    """
+    heat, mask = np.asarray(heat)[None], np.asarray(mask)[None]
+    if not hits(heat, mask)[0]:
+        raise Wrong(f"{what} has its largest value outside the object.")
+    if (inside := energy_inside(heat, mask)[0]) < least_energy:
+        raise Wrong(f"{what} has {inside:.0%} of its energy inside the object; {least_energy:.0%} is wanted.")
+
+
+def correlation(a, b):
+    """Pearson's correlation of two arrays of one shape; 0 where one is constant, or the shapes differ."""
+    a, b = np.ravel(a), np.ravel(b)
+    if a.shape != b.shape or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(pearsonr(a, b).statistic)
+
+
+def _close(given, other, tolerance):
+    return given.shape == other.shape and np.abs(given - other).max() <= tolerance * max(np.abs(other).max(), 1e-12)
+
+
+def _typical(wanted):
+    """The wrong answers that anybody can give: sentence -> answer."""
+    found = {"has the opposite sign": -wanted}
+    if wanted.ndim >= 2 and wanted.shape[-1] == wanted.shape[-2]:
+        found["is transposed: rows and columns are exchanged"] = wanted.swapaxes(-1, -2)
+    if (wanted < 0).any() and (wanted > 0).any():
+        found[NO_SIGN] = np.abs(wanted)
+    return found
