@@ -11,8 +11,8 @@ ADDRESS = re.compile(r"https://github\.com/([\w-]+/[\w.-]+)")
 
 def files_with_address(root: Path) -> list[Path]:
     """The files that name the repository: settings, README, the page for lecturers and every notebook."""
-    pages = [root / name for name in ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md", "book/lecturers.md")]
-    return pages + sorted((root / "notebooks").rglob("*.ipynb"))
+    names = ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md", "book/lecturers.md")
+    return [root / name for name in names] + sorted((root / "notebooks").rglob("*.ipynb"))
 
 
 def repository(root: Path = ROOT) -> str:

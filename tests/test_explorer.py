@@ -180,16 +180,16 @@ def test_a_view_has_the_scores(left_half):
 
 def test_a_view_shows_map_outline_and_maximum(left_half):
     heat = np.zeros((32, 32), np.float32)
-    heat[6:10, 2:6] = 1
-    heat[8, 4] = 0.99
+    heat[5:12, 1:8] = 0.9
+    heat[8:10, 3:7] = 1
     pixels = np.asarray(view(left_half, 0, heat, side=320).picture, int)
     assert pixels.shape == (160, 320, 3)
     assert (pixels[80:150, 250] == 90).all(), "the picture where the map is zero"
-    red, green, blue = pixels[47, 57]
+    red, green, blue = pixels[28, 70]
     assert red > green + 50 and red > blue + 50
     assert pixels[80, 157:163].min(axis=1).max() > 200, "a white line at the edge of the object"
-    row, column = round(6.5 / 32 * 160), round(2.5 / 32 * 320)
-    assert (pixels[row, column] == 0).all(), "a black cross at the maximum"
+    row, column = round(8.5 / 32 * 160), round(4.5 / 32 * 320)
+    assert (pixels[row, column] == 0).all(), "a black cross at the maximum, in the middle of several"
     assert (pixels[row, column - 15 : column + 15] > 240).all(axis=1).any(), "with a white edge"
 
 

@@ -37,6 +37,7 @@ from xai_helpers.wrappers import category_index, frozen, layer_path, top_categor
 #: Scenes: seed and objects. Only objects that the published checkpoints know, too.
 SCENES = [(19, ["cat", "coffee cup"]), (1, ["flower", "motorcycle"]), (5, ["cat", "rocket"])]
 SIDE = 320  # of a picture that is shown, in pixels
+FULL_AT = 0.99  # the quantile of a map that has the full colour, so that maps of single pixels can be seen
 CATEGORIES = 4  # asked for where a picture has no known answer
 EARLIER_LAYERS = 2
 
@@ -184,11 +185,13 @@ def methods_with_settings(model, processor, pixel_values):
         else:
             methods[name] = Method(None, {NOTHING: function}, NOTHING)
 
-    explained = functools.partial(functools.partial, attribute, model)
     smooth, options = PIXELS["SmoothGrad"]
     methods["SmoothGrad"] = Method(
         "noise",
-        {label: explained(method=smooth, **options | {"stdevs": noise}) for label, noise in NOISE.items()},
+        {
+            label: functools.partial(attribute, model, method=smooth, **options | {"stdevs": noise})
+            for label, noise in NOISE.items()
+        },
         "0.3",
     )
     methods["integrated gradients"] = Method("baseline", _baselines(model, processor), "grey")
@@ -268,7 +271,7 @@ def view(example, index, heat, side=SIDE):
         side: the longer side of the picture that is made.
     """
     image = shown(example.image, side)
-    picture = Image.fromarray(overlay(image, heat))
+    picture = Image.fromarray(overlay(image, heat, FULL_AT))
     hit = inside = None
     if example.masks is not None:
         answer = example.masks[index]
@@ -295,7 +298,7 @@ def with_outline(picture, answer):
 def _outline(packed, shape, size):
     """The outline of a mask that was packed into bytes: RGBA, transparent elsewhere."""
     answer = np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1]).reshape(shape).astype(bool)
-    figure = Figure(figsize=(size[0] / 80, size[1] / 80), dpi=80)
+    figure = Figure(figsize=(size[0] / 80, size[1] / 80), dpi=80, layout="none")
     canvas = FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     ax = figure.add_axes((0, 0, 1, 1))
@@ -306,8 +309,9 @@ def _outline(packed, shape, size):
 
 
 def _cross(picture, heat):
-    """Marks the maximum of a map."""
-    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    """Marks the maximum of a map; of several, the one nearest to their middle."""
+    peaks = np.argwhere(heat == heat.max())
+    row, column = peaks[np.square(peaks - peaks.mean(axis=0)).sum(axis=1).argmin()]
     x, y = (column + 0.5) / heat.shape[1] * picture.width, (row + 0.5) / heat.shape[0] * picture.height
     draw, arm = ImageDraw.Draw(picture), max(4, max(picture.size) // 32)
     for reach, width, colour in ((arm + 2, 7, "white"), (arm, 3, "black")):
@@ -407,7 +411,7 @@ class _Explorer:
             [
                 widgets.HBox([self.picture, self.model, self.category], layout=wrap),
                 widgets.HBox([panel.box for panel in self.panels], layout=wrap),
-                widgets.HTML("White line: the known answer. Cross: the maximum of the map."),
+                widgets.HTML("White line: the known answer. Cross: the map's maximum; a map without one is zero."),
             ]
         )
         self.loaded, self.questions, self.methods, self.maps = {}, {}, {}, {}

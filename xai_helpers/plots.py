@@ -16,24 +16,30 @@ HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None])
 CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
 
 
-def overlay(image, heat):
+def overlay(image, heat, full_at=1.0):
     """Lay a map over a grey version of the image: the higher the value, the redder and the less transparent.
 
     Args:
         image: a picture, any mode.
         heat: (height, width) in [0, 1], of any resolution; it is stretched to the picture.
+        full_at: the quantile of the map that has the full colour, and all above it. Maps of single pixels look empty
+            up to their maximum, so give 0.99 for them.
 
     Returns:
         uint8 (height, width, 3) at the picture's resolution.
 
     Raises:
-        ValueError: `heat` is not a single map in [0, 1].
+        ValueError: `heat` is not a single map in [0, 1], or `full_at` is no quantile.
     """
+    if not 0 < full_at <= 1:
+        raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
     heat = np.asarray(heat, np.float32)
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
         raise ValueError(
             f"A map is wanted as (height, width) in [0, 1], not {heat.shape} in [{heat.min():.3g}, {heat.max():.3g}]."
         )
+    if full_at < 1:
+        heat = np.minimum(heat / (np.quantile(heat, full_at) or 1), 1)  # of a map of hardly anything it is 0
     image = read_picture(image)
     index = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR) * 255, 0, 255).round().astype(int)
     opacity = OPACITY[index][..., None]
@@ -50,8 +56,7 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
         titles: one a map.
         answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
             ("hit" or "miss") and which share of the map does ("inside").
-        full_at: the quantile of each map that has the full colour, and all above it. Maps of single pixels look empty
-            up to their maximum, so give 0.99 for them. The cross and the scores are those of the whole map.
+        full_at: as in `overlay`. The cross and the scores are those of the whole map.
 
     Returns:
         The matplotlib figure.
@@ -59,8 +64,6 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
     Raises:
         ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
     """
-    if not 0 < full_at <= 1:
-        raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
     maps, titles = [np.asarray(one) for one in maps], [titles] if isinstance(titles, str) else list(titles)
     if len(maps) != len(titles) or (answers is not None and len(answers) != len(maps)):
         raise ValueError(
@@ -80,8 +83,7 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
     axes.flat[0].imshow(image)
     axes.flat[0].set_title("what the model saw")
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
-        end = np.quantile(heat, full_at) or 1  # of a map of hardly anything it may be 0
-        ax.imshow(overlay(image, np.minimum(heat / end, 1) if full_at < 1 else heat))
+        ax.imshow(overlay(image, heat, full_at))
         peak = np.unravel_index(heat.argmax(), heat.shape)
         scale = np.array([image.height, image.width]) / heat.shape
         if answers is not None:
