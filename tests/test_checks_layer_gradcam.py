@@ -108,6 +108,12 @@ def test_heat_map(answer, message, verdict):
     verdict(lambda: checks.heat_map(answer, evidence), message)
 
 
+def test_where_everything_speaks_for_it_the_absolute_value_is_right_too():
+    evidence = torch.rand(1, 1, 5, 6, generator=torch.Generator().manual_seed(2)) + 0.5
+    for function in (lambda e, *size: unit(enlarge(e, size).relu()), lambda e, *size: unit(enlarge(e, size)).numpy()):
+        checks.heat_map(function, evidence)
+
+
 def test_on_the_object(verdict):
     mask = np.zeros((8, 8), bool)
     mask[:4] = True

@@ -136,6 +136,13 @@ def test_needed(answer, message, verdict):
     verdict(lambda: checks.needed(answer, drops), message)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_where_all_is_needed_the_absolute_value_is_right_too(seed):
+    drops = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).expand(2, 3, 6, 6)
+    for function in (lambda drops: unit(drops[:, 0].clamp(min=0)), lambda drops: unit(drops[:, 1].abs()).numpy()):
+        checks.needed(function, drops)
+
+
 def test_a_score_that_needs_nothing():
     checks.nothing_is_needed(lambda drops: torch.zeros(1, 4, 4))
     with pytest.raises(Wrong, match="is not zero: set what is negative to zero before you divide"):

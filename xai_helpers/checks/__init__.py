@@ -101,15 +101,15 @@ def alike(answer, wanted, what, mistakes=None, least=0.9):
     """
     wanted = as_array(wanted, "The right answer")
     given = as_array(answer, what, wanted.shape)
-    likeness = correlation(given, wanted)
     found = {
-        sentence: correlation(given, as_array(other, "A wrong answer"))
+        sentence: as_array(other, "A wrong answer")
         for sentence, other in {**(mistakes or {}), **_typical(wanted)}.items()
         if sentence != NO_SIGN or given.min() >= 0
     }
-    sentence = max(found, key=found.get)
-    if found[sentence] > max(likeness, 0.5):
+    sentence = max(found, key=lambda one: correlation(given, found[one]))
+    if is_rather(given, found[sentence], wanted, least=0.5):
         raise Wrong(f"{what} {sentence}.")
+    likeness = correlation(given, wanted)
     if likeness < least:
         raise Wrong(
             f"{what} is not right: its correlation with one that is right is {likeness:.2f}, and {least:.2f} is wanted."
@@ -153,6 +153,12 @@ def correlation(a, b):
     if a.shape != b.shape or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(pearsonr(a, b).statistic)
+
+
+def is_rather(answer, mistake, wanted, least=0.999):
+    """Whether an answer is that of a mistake, on any scale: like it by `least`, and more than like the wanted one."""
+    # Where mistake and right answer are the same numbers, rounding must not decide.
+    return correlation(answer, mistake) > max(least, correlation(answer, wanted) + 1e-6)
 
 
 def _close(given, other, tolerance):

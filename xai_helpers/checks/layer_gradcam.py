@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xai_helpers.checks import Wrong, as_array, correlation, is_heat_map, points_at, right, same
+from xai_helpers.checks import Wrong, as_array, is_heat_map, is_rather, points_at, right, same
 from xai_helpers.scoring import energy_inside
 
 
@@ -75,11 +75,11 @@ def heat_map(function, evidence):
     wanted = enlarged(evidence, "bilinear")
     scaled = wanted.relu() / wanted.max()
     given = as_array(answer, "The map", scaled.shape)
-    if correlation(given, wanted) > max(0.999, correlation(given, scaled)) and given.min() >= 0:
+    if given.min() >= 0 and is_rather(given, wanted, scaled):
         raise Wrong(
             "The map is shifted up until its lowest value is 0: what speaks against the category looks neutral."
         )
-    if correlation(given, wanted.abs()) > max(0.999, correlation(given, scaled)):
+    if is_rather(given, wanted.abs(), scaled):
         raise Wrong("The map shows absolute values: what speaks against the category looks like evidence for it.")
     is_heat_map(answer, "The map", scaled.shape)
     same(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from captum._utils.models.linear_model import SkLearnLinearRegression
 
-from xai_helpers.checks import Wrong, as_array, correlation, right, same
+from xai_helpers.checks import Wrong, alike, as_array, right, same
 
 
 def cut_up(function, pixel_values, n):
@@ -134,18 +134,8 @@ def captum_weights(function, net, pixel_values, indices, segments):
     with torch.no_grad():
         scores = torch.cat([net(pixel_values * some) for some in states.split(25)])[:, [index, other]]
     wanted, of_other = _least_squares(samples.double().numpy(), scores.double().cpu().numpy(), np.ones(n_samples)).T
-    mistakes = {"belongs to another category: is the target `index`": of_other, "has the opposite sign": -wanted}
-    if given.min() >= 0:  # with few samples, right weights with both signs can be more like absolute ones
-        mistakes["has lost its sign: negative values are wanted, too"] = np.abs(wanted)
-    likeness = correlation(given, wanted)
-    for sentence, mistake in mistakes.items():
-        if correlation(given, mistake) > max(likeness, 0.5):
-            raise Wrong(f"The vector of weights {sentence}.")
-    if likeness < 0.7:
-        raise Wrong(
-            "The vector of weights is not right: its correlation with one that is right is "
-            f"{likeness:.2f}, and 0.70 is wanted."
-        )
+    mistakes = {"belongs to another category: is the target `index`": of_other}
+    alike(given, wanted, "The vector of weights", mistakes, least=0.7)
     if not 0.4 < np.ptp(given) / np.ptp(wanted) < 2.5:
         raise Wrong(
             f"The vector of weights has the right pattern on another scale: it goes from {given.min():.3g} to "

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xai_helpers.checks import Wrong, as_array, correlation, is_heat_map, right, same
+from xai_helpers.checks import Wrong, as_array, is_heat_map, is_rather, right, same
 
 
 def _starts(side, window, stride):
@@ -89,12 +89,11 @@ def needed(function, drops):
     for number, (given, signed) in enumerate(zip(answers, wanted, strict=True)):
         what = f"Map {number}" if len(wanted) > 1 else "The map"
         scaled = np.maximum(signed, 0) / signed.max()
-        least = max(0.999, correlation(given, scaled))
-        if correlation(given, np.abs(signed)) > least:
+        if is_rather(given, np.abs(signed), scaled):
             raise Wrong(f"{what} shows absolute values: what the score is better off without looks as if needed.")
-        if correlation(given, np.maximum(-signed, 0)) > least:
+        if is_rather(given, np.maximum(-signed, 0), scaled):
             raise Wrong(f"{what} shows where the score rises: what the score needs is above zero in the signed map.")
-        if given.min() >= 0 and correlation(given, signed) > least:
+        if given.min() >= 0 and is_rather(given, signed, scaled):
             raise Wrong(f"{what} is shifted up until its lowest value is 0: set what is negative to zero instead.")
         if np.allclose(given, scaled * signed.max() / wanted.max(), atol=1e-4) and signed.max() < wanted.max():
             raise Wrong(f"{what} is divided by the largest value of all maps: each is divided by its own.")
