@@ -88,7 +88,7 @@ def try_out(folder, lab="layer_gradcam"):
 def main(command="", folder="", *labs):
     if command not in ("new", "try") or not folder or set(labs) - set(LABS) or (command == "try" and len(labs) > 1):
         sys.exit(f"{__doc__}\nLABs: {', '.join(LABS)}")
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     if command == "new":
         new_course(folder, labs or LABS)
         print(f"{folder}/release has what students get, {folder}/source the solutions.")
