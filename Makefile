@@ -69,7 +69,7 @@ chapters: .venv/ready  ## run the chapters only (one of them: CHAPTERS=notebooks
 	$(PYTEST) $(CHAPTERS)
 
 pages: .venv/ready  ## look at every page of the built book in a browser (needs chromium or chrome)
-	$(BIN)/python -m pytest tests/browser.py
+	$(BIN)/python -m pytest -n 2 tests/browser.py
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,10 @@
 """What all checks are made of."""
 
+import importlib
+import inspect
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +92,28 @@ def test_the_correlation_of_what_is_constant_is_zero():
 
 def test_any_shape_is_taken_where_none_is_wanted():
     assert as_array(3, "The number").shape == ()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "xai_helpers" / "checks").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_check_stands_in_a_chapter_and_is_tested(name):
+    module = importlib.import_module(f"xai_helpers.checks.{name}")
+    found = {
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+    }
+    chapters = ""
+    for path in (ROOT / "notebooks").rglob("*.ipynb"):
+        cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        code = "\n".join(cells)
+        if "student" not in path.parts and f"from xai_helpers.checks import {name} as checks" in code:
+            chapters += code
+    tests = (ROOT / "tests" / f"test_checks_{name}.py").read_text(encoding="utf-8")
+    assert found
+    for check in found:
+        assert f"checks.{check}(" in chapters, check
+        assert f"checks.{check}(" in tests, check
