@@ -55,9 +55,8 @@ def role(cell):
 
 def hand_in(folder, lab, student, share):
     """Hand in what was released, with the first share of the tasks solved as the source solves them."""
-    source, released = (
-        json.loads((folder / part / lab / f"{lab}.ipynb").read_text()) for part in ("source", "release")
-    )
+    parts = (folder / part / lab / f"{lab}.ipynb" for part in ("source", "release"))
+    source, released = (json.loads(part.read_text(encoding="utf-8")) for part in parts)
     solutions = {role(cell)["grade_id"]: cell["source"] for cell in source["cells"] if role(cell).get("solution")}
     solved = list(solutions)[: int(share * len(solutions))]
     for cell in released["cells"]:

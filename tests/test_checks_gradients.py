@@ -234,10 +234,10 @@ def gaussian(n, x, sigma):
         (lambda net, x, i, n, sigma: Saliency(net).attribute(x, target=i, abs=False), "No noisy copy of the picture"),
         (by_hand(gaussian, lambda gradients: gradients.sum(dim=0, keepdim=True)), "is the sum of the gradients"),
         (by_hand(gaussian, lambda gradients: gradients[-1:]), "is the gradient of the last copy alone"),
-        (by_hand(lambda n, x, sigma: [sigma * torch.randn(x.shape)] * n), "Several copies have the same noise"),
+        (by_hand(lambda n, x, sigma: [sigma * torch.randn(x.shape)] * n), "Several pictures have the same noise"),
         (by_hand(lambda n, x, sigma: sigma * torch.randn(n, 1, 1, *x.shape[2:])), "the same in all channels"),
         (by_hand(lambda n, x, sigma: sigma * 12**0.5 * (torch.rand(n, *x.shape) - 0.5)), "Gaussian noise is wanted"),
-        (by_hand(lambda n, x, sigma: sigma * 12**0.5 * torch.rand(n, *x.shape)), "brighter or darker"),
+        (by_hand(lambda n, x, sigma: sigma * 12**0.5 * torch.rand(n, *x.shape)), "The noise has a mean of"),
         (by_hand(gaussian, lambda gradients: gradients.mean(dim=0)), "has the shape"),
     ],
 )

@@ -231,7 +231,7 @@ def in_place(attribute, x, n_samples, stdev, seed):
         ),
         (lambda a, x, n, stdev, seed: SMOOTHED(a, x, n, stdev**0.5, seed), "a standard deviation of 0.4"),
         (lambda a, x, n, stdev, seed: SMOOTHED(a, x, n, 0, seed), "There is no noise"),
-        (lambda a, x, n, stdev, seed: sum(SMOOTHED(a, x, 1, stdev, seed) for _ in range(n)) / n, "are the same"),
+        (lambda a, x, n, stdev, seed: sum(SMOOTHED(a, x, 1, stdev, seed) for _ in range(n)) / n, "have the same noise"),
         (lambda a, x, n, stdev, seed: SMOOTHED(a, x, n, stdev, 5), "Two seeds give the same noise"),
         (lambda a, x, n, stdev, seed: SMOOTHED(a, x, n, stdev, torch.seed() % 2**31), "the same seed give other noise"),
         (lambda a, x, n, stdev, seed: SMOOTHED(a, x, 3, stdev, seed), "was called 3 times"),

@@ -97,7 +97,7 @@ def test_labs_can_be_graded(path):
     for code, role in marked:
         assert role["solution"] == ("### BEGIN SOLUTION" in code)
         assert role["grade"] == role["locked"] == ("checks." in code)
-        assert role["points"] > 0 if role["grade"] else "points" not in role
+        assert role.get("points") == (1 if role["grade"] else None), "a test cell is all or nothing: one mark each"
     assert sum(role["solution"] for _, role in marked) >= 4
     assert any("### BEGIN HIDDEN TESTS" in code for code, _ in marked)
 

@@ -155,6 +155,34 @@ def correlation(a, b):
     return float(pearsonr(a, b).statistic)
 
 
+def another(index):
+    """The number of another category, to which an answer may belong by mistake."""
+    return index - 1 if index else 1
+
+
+def is_noise(noise, stdev):
+    """Noise, a tensor (n_pictures, channels, height, width), is Gaussian with mean 0, and drawn anew for every number.
+
+    Raises:
+        Wrong: it is not, or has another standard deviation than stdev.
+    """
+    if noise.abs().max() == 0:
+        raise Wrong("There is no noise in the pictures.")
+    if noise.flatten(1).std(dim=1).max() < 1e-6:
+        raise Wrong("A noisy picture has one number added everywhere: draw noise of the picture's shape.")
+    if any(correlation(one, noise[0]) > 0.5 for one in noise[1:]):
+        raise Wrong("Several pictures have the same noise: draw it anew for each.")
+    if noise.shape[1] > 1 and correlation(noise[:, 0], noise[:, -1]) > 0.5:
+        raise Wrong("The noise is the same in all channels: draw noise of the picture's shape.")
+    if noise.mean().abs() > 0.1 * noise.std():
+        raise Wrong(f"The noise has a mean of {noise.mean():.3g}: 0 is wanted, as torch.randn draws it.")
+    if abs(noise.std() / stdev - 1) > 0.1:
+        hint = ": it is not the variance" if np.isclose(noise.std(), stdev**0.5, rtol=0.1) else ""
+        raise Wrong(f"The noise has a standard deviation of {noise.std():.3g}; {stdev:.3g} is wanted{hint}.")
+    if noise.abs().max() < 2.5 * stdev:
+        raise Wrong("The noise never goes beyond 2.5 standard deviations: Gaussian noise is wanted (torch.randn).")
+
+
 def is_rather(answer, mistake, wanted, least=0.999):
     """Whether an answer is that of a mistake, on any scale: like it by `least`, and more than like the wanted one."""
     # Where mistake and right answer are the same numbers, rounding must not decide.

@@ -7,14 +7,10 @@ import numpy as np
 import torch
 from captum.attr import DeepLift
 
-from xai_helpers.checks import Wrong, alike, as_array, correlation, is_heat_map, right, same
+from xai_helpers.checks import Wrong, alike, another, as_array, correlation, is_heat_map, is_noise, right, same
 from xai_helpers.wrappers import check_picture, frozen
 
 MOST_OFF = 0.02  # of the score's change, for attributions that are called complete
-
-
-def _other(index):
-    return index - 1 if index else 1
 
 
 def _gradients(net, pictures, index, batch=8):
@@ -49,7 +45,7 @@ def saliency(answer, net, pixel_values, index):
     mistakes = {
         "is the sum or the mean over the channels: take the largest of the three": unit(gradient.abs().sum(dim=0)),
         "belongs to another category: is the target the category's index": unit(
-            _gradients(net, pixel_values, _other(index))[0].abs().amax(dim=0)
+            _gradients(net, pixel_values, another(index))[0].abs().amax(dim=0)
         ),
         "shows positive gradients only: take absolute values": unit(signed.clamp(min=0)),
         "is the gradient times the picture: saliency is the gradient alone": unit(
@@ -70,7 +66,7 @@ def input_x_gradient(answer, net, pixel_values, index):
         "has lost the sign of the gradient": (picture * gradient.abs()).sum(dim=0),
         "is the largest value of the channels: add them up": (picture * gradient).amax(dim=0),
         "multiplies two sums: multiply first, then add the channels up": picture.sum(dim=0) * gradient.sum(dim=0),
-        "belongs to another category": (picture * _gradients(net, pixel_values, _other(index))[0]).sum(dim=0),
+        "belongs to another category": (picture * _gradients(net, pixel_values, another(index))[0]).sum(dim=0),
     }
     same(answer, wanted, "The map", mistakes)
     right(f"It adds up to {wanted.sum():.2f}, and {(wanted < 0).float().mean():.0%} of the pixels are negative.")
@@ -109,7 +105,7 @@ def integrated(answer, net, pixel_values, baseline, index):
     wanted = (picture - baseline) * mean_gradient
     given = as_array(answer, what, wanted.shape)
     if correlation(given, wanted) < 0.97:  # the mistakes take time: only then
-        zeros, other = torch.zeros_like(picture), _other(index)
+        zeros, other = torch.zeros_like(picture), another(index)
         mistakes = {
             "is the mean gradient alone: it lacks the factor picture minus baseline": mean_gradient,
             "belongs to the mean colour, zeros: give the black picture as the baseline": (
@@ -162,7 +158,11 @@ def smoothgrad(function, net, pixel_values, index, n, sigma):
     noise = seen - pixel_values.detach()
     noisy = noise.abs().amax(dim=(1, 2, 3)) > 0
     seen, noise = seen[noisy], noise[noisy]
-    _is_noise(noise, n, sigma)
+    if not len(noise):
+        raise Wrong("No noisy copy of the picture went through the network that the function is given.")
+    if len(noise) != n:
+        raise Wrong(f"{len(noise)} noisy copies went through the network; {n} are wanted.")
+    is_noise(noise, sigma)
     gradients = _gradients(net, seen, index)
     mean = gradients.mean(dim=0, keepdim=True)
     mistakes = {
@@ -176,35 +176,11 @@ def smoothgrad(function, net, pixel_values, index, n, sigma):
         ),
         "is the gradient of the last copy alone: take the mean over all": gradients[-1:],
         "is the gradient of the picture without noise": _gradients(net, pixel_values, index),
-        "belongs to another category": _gradients(net, seen, _other(index)).mean(dim=0, keepdim=True),
+        "belongs to another category": _gradients(net, seen, another(index)).mean(dim=0, keepdim=True),
     }
     same(answer, mean, "The attribution", mistakes)
     alone = np.mean([correlation(one, mean[0]) for one in gradients.numpy(force=True)])
     right(f"{n} copies; the gradient of a single one has a correlation of {alone:.2f} with their mean.")
-
-
-def _is_noise(noise, n, sigma):
-    """The noise of n copies, (n, channels, height, width), is Gaussian, of the right strength, and new in each copy."""
-    if not len(noise):
-        raise Wrong("No noisy copy of the picture went through the network that the function is given.")
-    if len(noise) != n:
-        raise Wrong(f"{len(noise)} noisy copies went through the network; {n} are wanted.")
-    strength = float(noise.std())
-    if not 0.9 * sigma < strength < 1.1 * sigma:
-        hint = (
-            ": sigma is the standard deviation, not the variance" if np.isclose(strength, sigma**0.5, rtol=0.1) else ""
-        )
-        raise Wrong(f"The noise has a standard deviation of {strength:.3g}; {sigma:.3g} is wanted{hint}.")
-    if abs(float(noise.mean())) > 0.1 * sigma:
-        raise Wrong(
-            f"The noise has a mean of {noise.mean():.3g}: it makes the picture brighter or darker; 0 is wanted."
-        )
-    if any(correlation(one, noise[0]) > 0.5 for one in noise[1:]):
-        raise Wrong("Several copies have the same noise: draw it anew for each.")
-    if noise.abs().max() < 2.5 * sigma:
-        raise Wrong("The noise never goes beyond 2.5 standard deviations: Gaussian noise is wanted (torch.randn_like).")
-    if n > 1 and correlation(noise[:, 0], noise[:, -1]) > 0.5:
-        raise Wrong("The noise is the same in all channels: draw it for each channel.")
 
 
 @contextlib.contextmanager

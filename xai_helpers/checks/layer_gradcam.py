@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xai_helpers.checks import Wrong, as_array, is_heat_map, is_rather, points_at, right, same
+from xai_helpers.checks import Wrong, another, as_array, is_heat_map, is_rather, points_at, right, same
 from xai_helpers.scoring import energy_inside
 
 
@@ -27,7 +27,7 @@ def _grad_cam(net, layer, pixel_values, index):
 def evidence(answer, net, layer, pixel_values, index):
     """Task: Captum's LayerGradCam at a layer, (1, 1, rows, columns), with its signs."""
     wanted, elementwise = _grad_cam(net, layer, pixel_values, index)
-    other = _grad_cam(net, layer, pixel_values, index - 1 if index else 1)[0]
+    other = _grad_cam(net, layer, pixel_values, another(index))[0]
     mistakes = {
         "belongs to another category: is the target the category's index": other[None, None],
         "has no negative values: leave relu_attributions as it is": wanted.relu()[None, None],
@@ -117,7 +117,7 @@ def nothing_speaks_for_it(function):
 def for_and_against(function, net, layer, pixel_values, index):
     """Task: a function (picture, index) -> what speaks for and against a category, (2, rows, columns)."""
     wanted, elementwise = _grad_cam(net, layer, pixel_values, index)
-    other = _grad_cam(net, layer, pixel_values, index - 1 if index else 1)[0]
+    other = _grad_cam(net, layer, pixel_values, another(index))[0]
 
     def parts(values):
         return torch.stack([values.relu(), (-values).relu()])

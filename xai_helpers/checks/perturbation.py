@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xai_helpers.checks import Wrong, as_array, is_heat_map, is_rather, right, same
+from xai_helpers.checks import Wrong, another, as_array, is_heat_map, is_rather, right, same
 
 
 def _starts(side, window, stride):
@@ -62,7 +62,7 @@ def occlusion(answer, net, pixel_values, index, window, stride):
 
     def maps(stride):
         hidden = _windows(*pixel_values.shape[2:], window, stride)
-        falls = _falls(net, pixel_values, hidden)[:, [index, index - 1 if index else 1]]
+        falls = _falls(net, pixel_values, hidden)[:, [index, another(index)]]
         added = torch.einsum("nc,nhw->chw", falls, hidden.double())
         return (added / hidden.sum(dim=0))[:, None, None].expand(-1, 1, pixel_values.shape[1], -1, -1), added
 
@@ -124,7 +124,7 @@ def superpixel_drops(function, net, pixel_values, segments, index):
     if given.shape == tuple(pixel_values.shape) or given.shape == tuple(segments.shape):
         raise Wrong(f"{what} has a number for each pixel; one for each superpixel is wanted, ({len(wanted)},).")
     mistakes = {
-        "belongs to another category": falls[:, index - 1 if index else 1],
+        "belongs to another category": falls[:, another(index)],
         "is the sum over the pixels of a superpixel: all of them have the same number, take it once": wanted * pixels,
         "is the sum over the channels: all of them have the same number, take it once": 3 * wanted,
         "is the sum over channels and pixels: all of them have the same number, take it once": 3 * wanted * pixels,

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from xai_helpers.checks import Wrong, alike, as_array, is_heat_map, right, same
+from xai_helpers.checks import Wrong, alike, another, as_array, is_heat_map, is_noise, right, same
 
 
 def input_x_gradient(function, net, pixel_values, index):
@@ -13,7 +13,7 @@ def input_x_gradient(function, net, pixel_values, index):
     x = pixel_values.detach()
     gradient = _gradient(net, x, index)
     mistakes = {
-        "belongs to another category": x * _gradient(net, x, _another(index)),
+        "belongs to another category": x * _gradient(net, x, another(index)),
         "is the gradient alone: multiply it by the picture": gradient,
         "is the gradient of the sum of all scores": x * _gradient(net, x, slice(None)),
         "has lost its sign: take no absolute value": (x * gradient).abs(),
@@ -38,7 +38,7 @@ def integrated_gradients(function, net, pixel_values, index, n_steps=64):
     towards_zero = _integral(net, x, index, torch.zeros_like(x))
     factor = torch.where(difference.abs() > 1e-6, difference, torch.ones_like(difference))
     mistakes = {
-        "belongs to another category": _integral(net, x, _another(index), baseline),
+        "belongs to another category": _integral(net, x, another(index), baseline),
         "is a sum of gradients, not their mean: divide by the number of steps": wanted * n_steps,
         "is the mean gradient alone: multiply it by the picture minus the baseline": wanted / factor,
         "has the mean gradient multiplied by the picture: multiply by the picture minus the baseline": wanted
@@ -89,7 +89,7 @@ def smoothed(function, attribute, net, pixel_values, index, n_samples=6, stdev=0
         return answer, torch.cat(pictures)
 
     answer, pictures = run(lambda picture: -(picture**2), seed=0)
-    _is_noise(pictures - x, stdev)
+    is_noise(pictures - x, stdev)
     squares = -(pictures**2)
     mistakes = {
         "is a sum: take the mean of the attributions": squares.sum(dim=0, keepdim=True),
@@ -142,7 +142,7 @@ def lime_weights(function, net, pixel_values, index, segments):
     if not np.allclose(first, again, atol=1e-4 * np.abs(first).max()):
         raise Wrong("Two calls with the same seed give other weights: let the seed decide all switches.")
     runs = _lime(net, small, cells, 8 * n)
-    mistakes = {"belongs to another category": runs[:, _another(index)]}
+    mistakes = {"belongs to another category": runs[:, another(index)]}
     alike(first, runs[:, index], "The weights' vector", mistakes, least=0.8)
     right(f"{n} superpixels; the strongest one adds {first.max():.2f} to the score, the weakest {first.min():.2f}.")
 
@@ -184,10 +184,6 @@ def _called(function, *arguments):
         return function(*arguments)
 
 
-def _another(index):
-    return index - 1 if index else 1
-
-
 def _halved(pixel_values):
     return torch.nn.functional.avg_pool2d(pixel_values.detach(), 2)
 
@@ -225,22 +221,6 @@ def _one_like(picture, x):
         raise Wrong(f"The attribution function got {found}: call it with one picture at a time, {tuple(x.shape)}.")
     if picture.dtype != x.dtype:
         raise Wrong(f"The noisy picture is {picture.dtype}: the network wants {x.dtype}, as the picture is.")
-
-
-def _is_noise(noise, stdev):
-    """Noise, (n_samples, channels, height, width), is drawn for every number anew, with mean 0 and deviation stdev."""
-    if noise.abs().max() == 0:
-        raise Wrong("There is no noise in the pictures.")
-    if noise.std(dim=0).max() < 1e-6:
-        raise Wrong("All noisy pictures are the same: draw new noise for each.")
-    if noise.flatten(1).std(dim=1).max() < 1e-6:
-        raise Wrong("A noisy picture has one number added everywhere: draw noise of the picture's shape.")
-    if noise.std(dim=1).max() < 1e-6:
-        raise Wrong("The noise is the same in all channels: draw noise of the picture's shape.")
-    if noise.mean().abs() > 0.2 * noise.std():
-        raise Wrong(f"The noise has a mean of {noise.mean():.3g}: 0 is wanted, as torch.randn draws it.")
-    if abs(noise.std() / stdev - 1) > 0.1:
-        raise Wrong(f"The noise has a standard deviation of {noise.std():.3g}; {stdev:g} is wanted.")
 
 
 #: What the superpixels of `_toy` add to its score 1.
