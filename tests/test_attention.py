@@ -286,6 +286,10 @@ def test_other_errors_say_what_is_wrong():
         relevance(tiny_vit(), picture().repeat(2, 1, 1, 1), "coin")
     with pytest.raises(ValueError, match="does not depend on the attention of the last block"):
         relevance(tiny_vit(), picture(), lambda scores: 0 * scores.sum())
+    with pytest.raises(ValueError, match="makes a tensor of one number"):
+        relevance(tiny_vit(), picture(), lambda scores: scores)
+    with pytest.raises(ValueError, match="Flatten returns no attention weights"):  # nor has it parameters
+        relevance(nn.Flatten(), picture(), 0)
 
 
 def test_a_detection_tokens_row_is_read_at_the_patches_in_front_of_it():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
+from captum.attr import DeepLift, IntegratedGradients, NoiseTunnel, Saliency
 
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.checkpoints import examples, load
@@ -93,6 +93,44 @@ def test_all_categories_are_read_from_the_same_pictures():
         assert model.pictures == wanted
 
 
+@pytest.mark.parametrize(("size", "wanted"), [((3, 3), 9), ((4, 32), 15), ((32, 8), 7)])
+def test_the_default_window_fits_into_every_picture(size, wanted):
+    """Windows of 1, 4 and 8 pixels, moved by 1, 2 and 4, find 3 x 3, 1 x 15 and 7 x 1 places."""
+    picture = torch.ones(1, 3, *size)
+
+    class Sum(torch.nn.Module):
+        pictures = 0
+
+        def forward(self, pixel_values):
+            self.pictures += len(pixel_values)
+            return pixel_values.sum(dim=(1, 2, 3))[:, None]
+
+    model = Sum()
+    heat = occlude(model, picture, 0)[0]
+    assert heat.shape == size and heat.min() > 0
+    assert model.pictures == 1 + wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 17}, "window is a whole number from 1 to 16, not 17"),
+        ({"window": 0}, "window is a whole number from 1 to 16, not 0"),
+        ({"window": (4, 4)}, r"window is a whole number from 1 to 16, not \(4, 4\)"),
+        ({"window": 4, "step": 5}, "step is a whole number from 1 to 4, not 5"),
+        ({"step": 0}, "step is a whole number from 1 to 4, not 0"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        occlude(Corners(), ONES, 0, **options)
+
+
+def test_one_mask_tells_nothing():
+    with pytest.raises(ValueError, match="n_masks is a whole number of at least 2, not 1"):
+        rise(Corners(), ONES, 0, n_masks=1)
+
+
 def test_random_masks_find_the_quarter_that_matters():
     maps = rise(Corners(), ONES, [0, 1], n_masks=500)
     assert maps.shape == (2, 16, 16) and maps.dtype == np.float32 and maps.max() == 1 and maps.min() >= 0
@@ -130,6 +168,18 @@ def test_a_model_is_left_as_it_was(resnet, method):
         assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
     finally:
         model.eval()
+
+
+def test_deeplift_leaves_nothing_behind_when_it_is_interrupted(resnet):
+    model, (example, *_) = resnet
+
+    def interrupts(scores):
+        raise KeyboardInterrupt
+
+    before = [set(vars(module)) for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, example.pixel_values, interrupts, DeepLift)
+    assert [set(vars(module)) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("method", [attribute, occlude, rise])

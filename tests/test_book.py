@@ -127,7 +127,15 @@ def test_one_version():
 
 
 def test_fork_rewrites_the_address_everywhere(tmp_path):
-    for name in ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md", "book/fork.py", "book/lecturers.md"):
+    for name in (
+        "pyproject.toml",
+        "_config.yml",
+        "CITATION.cff",
+        "README.md",
+        "book/fork.py",
+        "book/index.md",
+        "book/lecturers.md",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")

@@ -134,6 +134,40 @@ def test_a_cam_worked_out_by_hand():
     np.testing.assert_array_equal(maps[3], np.zeros((2, 3)))  # everything speaks against it: no error, a map of zeros
 
 
+class WorksInPlace(OneLayer):
+    """Adds the third channel of the image to what the layer has put out, in its memory, as a residual block may."""
+
+    def forward(self, x):
+        activations = self.layer(x)
+        activations += x[:, 2:]
+        return activations.mean(dim=(2, 3)) @ self.weights.T
+
+
+def test_a_step_in_place_behind_the_layer_changes_no_map():
+    # Each weight is 1 / 6 with and without the addition, so the map is A0 / 4; from what stands in that memory
+    # afterwards it would be (A0 + 9 at one position) / 9.
+    model = WorksInPlace([[1.0, 0.0]])
+    A0 = torch.tensor([[4.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    added = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
+    pixel_values = torch.stack([A0, torch.zeros(2, 3), added])[None]
+    before = state(model)
+    maps = explain(model, pixel_values, 0, model.layer)
+    np.testing.assert_allclose(maps[0], [[1, 0, 0], [0, 0, 0.25]], atol=1e-6)
+    assert state(model) == before
+    assert plain(model, pixel_values, [0], [model.layer], None)[0, 0, 1] == pytest.approx(1)  # on a CPU
+
+
+def test_a_step_in_place_behind_the_layer_changes_no_ablation():
+    class NotInPlace(OneLayer):
+        def forward(self, x):
+            return (self.layer(x) + x[:, 2:]).mean(dim=(2, 3)) @ self.weights.T
+
+    weights = [[1.0, 0.6]]
+    maps = [explain(model, picture().abs(), 0, model.layer, method=AblationCAM)
+            for model in (WorksInPlace(weights), NotInPlace(weights))]  # fmt: skip
+    np.testing.assert_allclose(maps[0], maps[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit", "batchnorm"])
 @pytest.mark.parametrize("indices", [[3], [2, 0], [4, 1, 0, 3, 2]])
 @pytest.mark.parametrize("method", [GradCAM, GradCAMPlusPlus, XGradCAM, LayerCAM, HiResCAM, EigenCAM])
@@ -332,6 +366,14 @@ def test_masking_methods_average_several_layers_as_in_grad_cam(method):
     layers = [model.body[0], layer]
     maps = explain(model, picture(), [2, 0], layers, method=method)
     np.testing.assert_allclose(maps, plain(model, picture(), [2, 0], layers, None, method), atol=1e-5)
+
+
+@each_masking_method
+def test_masking_methods_take_layers_in_any_order(method):
+    model, layer, _ = tiny("batchnorm")
+    maps = explain(model, picture(), [2, 0], [layer, model.body[0]], method=method)
+    expected = explain(model, picture(), [2, 0], [model.body[0], layer], method=method)
+    np.testing.assert_array_equal(maps, expected)
 
 
 @each_masking_method
@@ -589,6 +631,20 @@ def test_ablation_gives_the_layer_back_when_it_fails_midway():
     explain(model, picture(), 0, layer)
 
 
+def test_ablation_takes_its_hook_away_when_it_is_interrupted():
+    model, layer, _ = tiny("resnet")
+    before, passes = state(model), []
+
+    def interrupts(module, inputs, output):
+        passes.append(1)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    with model.classifier.register_forward_hook(interrupts), pytest.raises(KeyboardInterrupt):
+        explain(model, picture(), "cat", layer, method=AblationCAM)
+    assert state(model) == before
+
+
 def vit_error(layer=lambda model: model.vit.layers[-2], reshape_transform=GRID, categories=(0, 1), **options):
     model, _, _ = tiny("vit")
     before = mixed_state(model)
@@ -640,6 +696,11 @@ def test_other_errors_say_what_is_wrong():
     assert "category 5 is out of range: the model's scores are 0 to 4" in vit_error(categories=[0, 5])
     assert "FinerCAM is not derived from grad-cam's BaseCAM" in vit_error(method=FinerCAM)
     assert "GradCAM got an unexpected keyword argument 'aug'" in vit_error(aug=True)
+    assert "no target layer: give a module" in vit_error(layer=lambda model: [])
+    assert "makes a tensor of one number" in vit_error(categories=lambda scores: scores)
     model, layer, _ = tiny("resnet")
     with pytest.raises(ValueError, match="unsqueeze"):
         explain(model, picture()[0], 0, layer)
+    nothing_to_learn = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="Sequential has no parameters.*such as attribute or occlude"):
+        explain(nothing_to_learn, picture(), 0, nothing_to_learn[0])

@@ -42,7 +42,7 @@ from xai_helpers.checkpoints import (
 )
 from xai_helpers.recipes import RECIPES
 from xai_helpers.reshape import tokens_to_map
-from xai_helpers.scenes import as_seen, labels, make_scene, natural
+from xai_helpers.scenes import Scene, as_seen, labels, make_scene, natural
 from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import category_index
 
@@ -353,6 +353,25 @@ def test_maps_of_bundled_models_point_at_the_objects(bundled):
     assert pointing["map"] > 2 * max(pointing["centre dot"], pointing["random map"])
     assert table["energy"]["map"] > table["energy"][["centre dot", "random map"]].max() + 0.1
     assert other["map"] < most
+
+
+def test_weights_without_a_head_are_refused(tmp_path):
+    model, processor = load("resnet", tiny(tmp_path / "whole", {0: "left", 1: "right"}))
+    for part in (model.resnet, processor):
+        part.save_pretrained(tmp_path / "body")
+    with pytest.raises(ValueError, match="not those of a ResNetForImageClassification: 2 of its.* classifier.1.bias"):
+        load("resnet", tmp_path / "body")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_a_scene_of_another_mode_becomes_an_example(mode):
+    _, processor = load("resnet", "bundled")
+    model = torch.nn.Flatten()  # has no parameters
+    model.config = ResNetConfig(id2label={0: "cat"})
+    scene = make_scene(0, ["cat"], 64)
+    wanted = as_example(Scene(scene.image.convert(mode).convert("RGB"), ["cat"], scene.masks), model, processor)
+    found = as_example(Scene(scene.image.convert(mode), ["cat"], scene.masks), model, processor)
+    assert torch.equal(found.pixel_values, wanted.pixel_values) and found.image.mode == "RGB"
 
 
 def test_a_photo_becomes_an_example(bundled):

@@ -172,7 +172,7 @@ def shap(net, x, index, segments, n_samples):
             lambda net, x, i, s, model, n: captum(net, x, i, s, model, n, return_input_shape=True)[None],
             "have the shape of the picture",
         ),
-        (lambda net, x, i, s, model, n: once(net, x, i, s)[None], r"\(1, 30\); \(30,\) is wanted"),
+        (lambda net, x, i, s, model, n: once(net, x, i, s)[None], r"\(1, \d+\); \(\d+,\) is wanted"),
         (lambda net, x, i, s, model, n: captum(net, x, i, s, model, 10), "its correlation with one that is right"),
         (lambda net, x, i, s, model, n: torch.rand(int(s.max()) + 1), "its correlation with|another category"),
     ],

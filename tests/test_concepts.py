@@ -168,6 +168,19 @@ def test_the_model_is_as_before_and_was_in_eval_mode():
     assert all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("n_concepts", [0, -1, 1.5, "4", None])
+def test_concepts_are_counted_in_whole_numbers(n_concepts):
+    model, layer, head, _ = tiny_resnet()
+    with pytest.raises(ValueError, match="n_concepts is a whole number of at least 1, not"):
+        factorize(model, picture(), layer, head, n_concepts=n_concepts)
+
+
+def test_a_model_without_parameters_is_factorized():
+    model = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    concepts = factorize(model, halves([3.0, 0.0, 0.0], [0.0, 5.0, 0.0]), model[0], nn.Identity(), n_concepts=2)
+    assert concepts.maps.shape == (2, 2, 4)
+
+
 def test_pictures_of_another_kind_say_what_to_do():
     model, layer, head, _ = tiny_resnet()
     with pytest.raises(ValueError, match="unsqueeze"):

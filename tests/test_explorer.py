@@ -201,6 +201,26 @@ def test_a_view_without_an_answer_has_no_scores(left_half):
     assert (np.asarray(blank.picture) == 90).all(), "a map of zeros has no maximum to mark"
 
 
+def test_a_thin_picture_keeps_a_pixel():
+    assert shown(Image.new("RGB", (2000, 2)), 320).size == (320, 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P"])
+def test_a_scene_of_another_mode_is_asked_about(resnet, mode):
+    scene = make_scene(1, ["cat"], size=64)
+    other = Scene(scene.image.convert(mode), scene.categories, scene.masks)
+    for asked in (None, ["rocket"]):
+        example = as_question(other, *resnet, asked)
+        assert example.pixel_values.shape == (1, 3, 128, 128) and example.image.mode == "RGB"
+
+
+@pytest.mark.parametrize("share", [2, 4, 8])
+def test_the_window_fits_into_a_wide_picture(resnet, share):
+    model, _ = resnet
+    maps = module._occlude(model, torch.ones(1, 3, 32, 200), ["cat"], share)
+    assert maps.shape == (1, 32, 200)
+
+
 def test_pictures_keep_their_shape(left_half):
     assert shown(left_half.image, 100).size == (100, 50)
     assert with_outline(shown(left_half.image, 100), left_half.masks[0]).size == (100, 50)
@@ -343,6 +363,7 @@ def test_a_picture_of_your_own(tmp_path):
         ({"image": 3}, "A picture is a path or a PIL image, not int"),
         ({"categories": ["cat"]}, "categories go with a picture of your own"),
         ({"image": Image.new("RGB", (64, 64)), "categories": "cat"}, r"a list of names: \['cat'\]"),
+        ({"image": Image.new("RGB", (64, 64)), "categories": []}, "at least one name"),
         ({"image": Image.new("RGB", (64, 64)), "categories": ["cta"]}, "no category 'cta'; the closest are: 'cat'"),
     ],
 )

@@ -43,6 +43,18 @@ def test_deletion_is_the_mean_share_that_is_lost():
     assert wrong["deletion"] == pytest.approx((0.25 + 0.5 + 0.75 + 1) / 17)
 
 
+def test_faithfulness_is_that_of_eval_mode_and_leaves_the_model_alone():
+    model, processor = load("resnet", weights="bundled")
+    (example,) = examples(model, processor, 1)
+    heat = np.linspace(0, 1, 128 * 128).reshape(128, 128)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(0)  # ROAD fills gaps with a little noise
+    wanted = faithfulness(model, example, heat)
+    torch.manual_seed(0)
+    assert faithfulness(model.train(), example, heat) == wanted
+    assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 def test_road_knows_the_right_map_from_its_inversion():
     pixels = torch.zeros(1, 3, 16, 16)
     pixels[:, :, :8, :8] = 1

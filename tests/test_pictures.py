@@ -44,6 +44,8 @@ WHITE, RED, GREEN, BLUE = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
         pytest.param(row("LA", (10, 255), (10, 0), (0, 128)), grey(10, 255, 127), id="LA"),
         # A fifth of blue on white: 255 * 4 / 5.
         pytest.param(row("RGBA", (*RED, 255), (*RED, 0), (*BLUE, 51)), [RED, WHITE, (204, 204, 255)], id="RGBA"),
+        # Premultiplied, so 100 with an opacity of 128 was 199 before: the same half transparent grey.
+        pytest.param(row("La", (10, 255), (0, 128)), grey(10, 127), id="La"),
         pytest.param(palette(), [RED, GREEN], id="P"),
         pytest.param(palette(transparency=1), [RED, WHITE], id="P with a transparent colour"),
         pytest.param(palette(transparency=bytes([0, 255])), [WHITE, GREEN], id="P with an opacity a colour"),
@@ -119,6 +121,19 @@ def test_half_a_file_is_named(tmp_path):
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:6000])
     with pytest.raises(ValueError, match=r"half\.png cannot be read as a picture.*truncated"):
         read_picture(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "F"])
+def test_a_picture_without_pixels_is_named(mode):
+    with pytest.raises(ValueError, match="no pixels: it is 0 x 5"):
+        read_picture(Image.new(mode, (0, 5)))
+
+
+def test_a_file_beyond_pils_bound_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "vast.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(ValueError, match=r"vast\.png is too large to be read as a picture.*900 pixels"):
+        read_picture(tmp_path / "vast.png")
 
 
 def test_values_that_are_not_finite_are_named():

@@ -130,6 +130,29 @@ def test_the_cross_lies_on_the_peak():
     assert crosses(ax) == [] and ax.get_title() == "cat\nmiss, 0% inside"
 
 
+def test_of_several_peaks_the_cross_lies_on_the_one_nearest_to_their_centre():
+    heat = np.zeros((1, 8, 8), np.float32)
+    heat[0, 2:7, 1:6] = 1  # rows 2 to 6 and columns 1 to 5: their centre is row 4, column 3
+    _, ax = panels(show_maps(flat(8, 8), heat, ["block"]))
+    assert crosses(ax) == [[[3, 4]]]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_of_several_peaks_the_cross_lies_where_the_title_says(factor):
+    heat = np.zeros((1, 8, 8), np.float32)
+    heat[0, 5, [0, 1, 2, 4, 6, 7]] = 1  # their centre is column 20 / 6, and 4 is the nearest
+    _, ax = panels(show_maps(flat(8, 8), heat, ["no answer"]))
+    assert crosses(ax) == [[[4, 5]]]
+    answers = np.zeros((3, 8, 8), bool)
+    answers[0, :, :3] = True  # three of six are no majority: a miss. Outside are 4, 6 and 7, with the centre 17 / 3
+    answers[1, :, 4:] = True  # a miss, too. Outside are 0, 1 and 2
+    answers[2, :, [0, 1, 2, 3, 5, 6, 7]] = True  # a hit. Inside are 0, 1, 2, 6 and 7, with the centre 16 / 5
+    answers = answers.repeat(factor, axis=1).repeat(factor, axis=2)
+    found = panels(show_maps(flat(8, 8), heat.repeat(3, axis=0), list("abc"), answers=answers))[1:]
+    assert [ax.get_title()[2:6] for ax in found] == ["miss", "miss", "hit,"]
+    assert [crosses(ax) for ax in found] == [[[[6, 5]]], [[[1, 5]]], [[[2, 5]]]]
+
+
 @pytest.mark.parametrize("factor", [1, 4])
 def test_the_outline_runs_along_the_edge_of_the_answer(factor):
     answer = ANSWER.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -52,6 +52,7 @@ def test_channels_last_refuses_tokens():
         (torch.zeros(1, 8, 1, 1), None, "more than one position"),
         (torch.zeros(1, 5, 2), functools.partial(tokens_to_map, grid=(3, 3)), r"\(1, 5, 2\).*wanted \(batch, 10"),
         (torch.zeros(1, 5, 2), lambda x: x[:, 1:], r"\(1, 5, 2\) and, reshaped, \(1, 4, 2\)"),
+        (torch.zeros(1, 5, 2), lambda x: None, "reshape transform for .*body.3 returned a NoneType, not a tensor"),
         (torch.zeros(1, 5, 2), lambda x: x.reshape(7), r"does not fit target layer body.3.*\(1, 5, 2\)"),
     ],
 )

@@ -152,6 +152,17 @@ def test_categories_are_drawn_evenly():
         ({"objects": 3, "among": ["cat", "coin"]}, "objects is 0 to 2, or a list of names, not 3"),
         ({"distractors": 5}, "distractors is 0 to 4, not 5"),
         ({"distractors": -1}, "distractors is 0 to 4, not -1"),
+        ({"distractors": 1.5}, "distractors is 0 to 4, not 1.5"),
+        ({"size": 100.5}, "size is 64 to 512 pixels, not 100.5"),
+        ({"size": "128"}, "size is 64 to 512 pixels, not '128'"),
+        ({"size": (128, 128)}, r"size is 64 to 512 pixels, not \(128, 128\)"),
+        ({"seed": 1.5}, "seed is 0 or more, not 1.5"),
+        ({"seed": None}, "seed is 0 or more, not None"),
+        ({"objects": 2.0}, "list of names out of .* not 2.0"),
+        ({"objects": True}, "list of names out of .* not True"),
+        ({"objects": [["cat"]]}, r"list of names out of .* not \[\['cat'\]\]"),
+        ({"among": []}, r"list of names out of .* not \[\]"),
+        ({"among": "cat"}, "list of names out of .* not 'cat'"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -300,3 +311,17 @@ def test_masks_are_those_that_training_cuts():
     assert {f"{name.replace(' ', '_')}.png" for name in made} == {path.name for path in MASKS.iterdir()}
     for name, cut in made.items():
         assert overlap(cut.astype(bool), mask(name)) > 0.98, name
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5])
+def test_a_dataset_has_a_row_at_least(n):
+    with pytest.raises(ValueError, match=f"n is 1 or more, not {n}"):
+        dataset(n, size=64)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_a_picture_as_thin_as_a_pixel_is_seen(size):
+    scene = Scene(Image.new("RGB", size, (9, 99, 199)), ["cat"], np.ones((1, *size[::-1]), bool))
+    seen = as_seen(scene, ViTImageProcessor())
+    assert seen.image.size == size and seen.image.getcolors() == [(size[0] * size[1], (9, 99, 199))]
+    assert seen.masks.shape == scene.masks.shape and seen.masks.all()

@@ -345,3 +345,46 @@ def test_a_map_fails_the_sanity_check_if_it_does_not_need_the_destroyed_part():
     assert table["of both"].max() < 0.9
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_sanity_check_averages_over_copies_with_weights_of_their_own():
+    torch.manual_seed(7)  # not one of the copies' own
+    model, seen = torch.nn.Sequential(torch.nn.Linear(6, 1), torch.nn.Linear(1, 1)), []
+    picture = Example(torch.ones(1, 3, 9, 9), ["a"], np.ones((1, 9, 9), bool))
+
+    def methods_of(net):
+        seen.append(net[0].weight.detach().clone())
+        rising = np.arange(1.0, 82).reshape(1, 9, 9)
+        turned = net is not model and len(seen) % 2 == 1
+        return {
+            "turned in one copy of two": lambda x, names: rising[:, ::-1, ::-1] if turned else rising,
+            "empty in one copy of two": lambda x, names: rising * (0 if turned else 1),
+            "always empty": lambda x, names: rising * 0,
+        }
+
+    table = sanity_check(model, {"the first layer": "0"}, methods_of, [picture, picture], seeds=2)
+    assert len(seen) == 3 and torch.equal(seen[0], model[0].weight)
+    assert not any(torch.equal(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert table.loc["the first layer"].tolist() == pytest.approx([0, 1, np.nan], nan_ok=True)
+
+
+def test_a_map_that_is_not_finite_gives_no_order():
+    heat = np.ones((8, 8))
+    heat[3, 3] = np.nan
+    with pytest.raises(ValueError, match="values that are not finite"):
+        perturbation_curves(left_pixels, torch.ones(1, 3, 8, 8), heat, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_edges_and_curves_of_pictures_in_other_precisions(dtype):
+    pixels = torch.zeros(1, 3, 8, 8)
+    pixels[:, :, :, 4:] = 1
+    np.testing.assert_array_equal(edge_maps(1, pixels.to(dtype)), edge_maps(1, pixels))
+    heat = np.arange(64.0).reshape(8, 8)
+    found, wanted = (perturbation_curves(left_pixels, x, heat, 1, steps=4) for x in (pixels.to(dtype), pixels))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_no_maps_are_no_hits():
+    nothing = np.zeros((0, 8, 8))
+    assert hits(nothing, nothing).shape == energy_inside(nothing, np.zeros((0, 9, 9), bool)).shape == (0,)

@@ -57,6 +57,15 @@ def test_there_are_twenty_tasks_and_more():
 
 
 @each_copy
+def test_a_chapter_with_tasks_links_to_its_copy_in_colab(path):
+    prose = "\n".join(text(cell) for cell in cells(of_source(path)) if cell["cell_type"] == "markdown")
+    found = re.findall(
+        r"\[the edition without them\]\(https://colab\.research\.google\.com/github/\S+/blob/main/(\S+)\)", prose
+    )
+    assert found == [path.relative_to(ROOT).as_posix()]
+
+
+@each_copy
 def test_a_copy_is_its_source_with_holes_and_nothing_else(path):
     """Line by line: only the source has marks and what stands between them, only the copy has stubs."""
     for copy, source in zip(cells(path), cells(of_source(path)), strict=True):

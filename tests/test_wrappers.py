@@ -1,3 +1,4 @@
+import functools
 import types
 
 import numpy as np
@@ -5,14 +6,24 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
+from xai_helpers.attention import relevance, rollout
+from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.cam import explain
+from xai_helpers.concepts import factorize
+from xai_helpers.layers import TargetLayer, find_target_layers, layer_table
+from xai_helpers.leaderboard import faithfulness
+from xai_helpers.reshape import tokens_to_map
+from xai_helpers.scoring import Example
 from xai_helpers.wrappers import (
     LogitsModel,
     category_index,
     category_targets,
+    check_count,
     check_picture,
     count_passes,
+    device_of,
     frozen,
+    input_for,
     layer_path,
     passes_table,
     top_categories,
@@ -64,6 +75,8 @@ def test_a_model_without_head_says_so():
         (torch.tensor(2), [30]),
         (SCORES.topk(2).indices, [30, 20]),
         (np.array([1]), [20]),
+        ([torch.tensor(1), np.array(2)], [20, 30]),
+        (lambda scores: scores[1:2], [20]),  # one number, whatever its shape
     ],
 )
 def test_categories_pick_their_scores(categories, picked):
@@ -79,11 +92,30 @@ def test_categories_pick_their_scores(categories, picked):
         (("crane", "cat", "crane"), "crane", r"several categories are named 'crane'.*\[0, 2\]"),
         (("cat", "rocket"), [], "no category"),
         (("cat", "rocket"), [1.5], "not float"),
+        (("cat", "rocket"), 1.0, "a name, an index or a callable, not float"),
+        (("cat", "rocket"), None, "a name, an index or a callable, not NoneType"),
+        (("cat", "rocket"), True, "a name, an index or a callable, not bool"),
+        (("cat", "rocket"), np.array([False, True]), "a name, an index or a callable, not bool"),
+        (("cat", "rocket"), b"cat", "a name, an index or a callable, not bytes"),
+        (("cat", "rocket"), [["cat"]], "a name, an index or a callable, not list"),
     ],
 )
 def test_unknown_categories_name_the_known(names, categories, message):
     with pytest.raises(ValueError, match=message):
         category_targets(tiny_resnet(names), categories)
+
+
+@pytest.mark.parametrize(
+    ("category", "found"),
+    [
+        (lambda scores: scores, r"returned shape \(3,\) for scores of shape \(3,\)"),
+        (lambda scores: 1.0, "returned float"),
+    ],
+)
+def test_a_callable_that_returns_no_single_number_says_so(category, found):
+    (target,) = category_targets(tiny_resnet(), category)
+    with pytest.raises(ValueError, match=f"a callable category makes a tensor of one number.*{found}"):
+        target(SCORES)
 
 
 IMAGENET_1K = ("tench", "Egyptian cat", "remote control, remote", "cat", "crane", "crane")
@@ -133,8 +165,10 @@ def test_an_unknown_or_ambiguous_name_has_no_index(names, name, message):
 def test_a_name_needs_a_config():
     with pytest.raises(ValueError, match="no config.id2label.*give the index"):
         category_index(torch.nn.Flatten(), "cat")
-    with pytest.raises(ValueError, match="no config.id2label.*give the index"):
+    with pytest.raises(ValueError, match="no config.id2label.*give the index$"):
         category_targets(torch.nn.Flatten(), "cat")
+    with pytest.raises(ValueError, match="no config.id2label.*give the index, or explain model.module"):
+        category_index(torch.nn.DataParallel(tiny_resnet()), "cat")
 
 
 @pytest.mark.parametrize("index", [3, -1])
@@ -154,6 +188,8 @@ def test_an_index_beyond_the_scores_is_refused(index):
         (torch.zeros(1, 8, 8, 3), r"permute\(0, 3, 1, 2\)"),
         (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\).*processor"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8.*normalise"),
+        (torch.full((1, 3, 8, 8), float("nan")), "NaN or infinite"),
+        (torch.zeros(1, 3, 8, 8).log(), "NaN or infinite"),
     ],
 )
 def test_pictures_of_another_kind_say_what_to_do(pixel_values, message):
@@ -164,6 +200,7 @@ def test_pictures_of_another_kind_say_what_to_do(pixel_values, message):
 def test_pictures_pass():
     check_picture(torch.zeros(1, 3, 8, 9))
     check_picture(torch.zeros(1, 1, 8, 9))
+    check_picture(torch.zeros(1, 3, 8, 9, device="meta"))  # has no values
 
 
 def test_a_layer_knows_its_path():
@@ -173,6 +210,15 @@ def test_a_layer_knows_its_path():
         layer_path(model, torch.nn.Conv2d(1, 1, 1))
     with pytest.raises(ValueError, match="is a module such as .* not 'classifier'"):
         layer_path(model, "classifier")
+
+
+def test_what_is_no_layer_is_not_printed_whole():
+    model = tiny_resnet()
+    with pytest.raises(ValueError, match="not TargetLayer: give its .module, and beside it its .reshape_transform"):
+        layer_path(model, TargetLayer(model.resnet, "resnet", None))
+    with pytest.raises(ValueError, match="not list; find_target_layers") as error:
+        layer_path(model, [model.resnet])
+    assert "Conv2d" not in str(error.value)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -197,6 +243,161 @@ def test_frozen_gives_everything_back(fails):
     assert model[0].weight.grad is gradient
 
 
+@pytest.mark.parametrize("value", [0, 4, -1, 1.0, "2", True, None, (2, 2)])
+def test_a_count_is_a_whole_number_in_its_range(value):
+    with pytest.raises(ValueError, match="window is a whole number from 1 to 3, not"):
+        check_count("window", value, most=3)
+    check_count("window", np.int64(3), most=3)
+
+
+def test_a_model_is_where_its_first_tensor_is():
+    without_parameters = torch.nn.BatchNorm2d(3, affine=False)
+    for model in (torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2)), without_parameters):
+        assert device_of(model).type == "cpu" and device_of(model.to("meta")).type == "meta"
+    assert device_of(torch.nn.ReLU()).type == "cpu"
+
+
+def test_an_input_comes_to_the_models_device_and_precision():
+    model, pixel_values = torch.nn.Conv2d(3, 2, 1), torch.ones(1, 3, 4, 4, requires_grad=True)
+    assert input_for(model.double(), pixel_values).dtype == torch.float64
+    assert input_for(model.float(), pixel_values.double()).dtype == torch.float32
+    assert input_for(model.half(), pixel_values, coarse=True).dtype == torch.float16
+    assert input_for(model.to("meta", torch.float32), pixel_values).device.type == "meta"
+    assert input_for(torch.nn.ReLU(), pixel_values.double()).dtype == torch.float64
+    assert not input_for(model, pixel_values).requires_grad
+
+
+# What holds for every function that looks at a model: each is called on a tiny ViT, and gives numbers.
+
+NAMES, GRID = {0: "cat", 1: "coin", 2: "rocket"}, functools.partial(tokens_to_map, grid=(4, 4))
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+        initializer_range=0.3,
+        id2label=NAMES,
+    )
+    return ViTForImageClassification(config).eval()
+
+
+def inner(model):
+    return getattr(model, "_orig_mod", model).vit.layers
+
+
+def concepts(model, x):
+    found = factorize(model, x, inner(model)[-2], lambda vectors: model.classifier(vectors), GRID, n_concepts=2)
+    return found.scores
+
+
+def shares(model, x):
+    torch.manual_seed(0)  # ROAD fills gaps with a little noise
+    return list(faithfulness(model, Example(x, ["cat"], None), np.linspace(0, 1, 1024).reshape(32, 32)).values())
+
+
+CALLS = dict(
+    explain=lambda model, x: explain(model, x, ["cat", "coin"], inner(model)[-1].layernorm_before, GRID),
+    relevance=lambda model, x: relevance(model, x, ["cat", "coin"]),
+    rollout=rollout,
+    factorize=concepts,
+    attribute=lambda model, x: attribute(model, x, "cat"),
+    occlude=lambda model, x: occlude(model, x, "cat"),
+    rise=lambda model, x: rise(model, x, "cat", n_masks=10),
+    layer_table=lambda model, x: layer_table(model, x, "cat", {"a": inner(model)[-2]})[["share with gradient"]],
+    faithfulness=shares,
+    top_categories=top_categories,
+    find_target_layers=lambda model, x: [
+        [candidate.share_with_gradient, len(candidate.grid)] for candidate in find_target_layers(model, x).candidates
+    ],
+)
+X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+@functools.cache
+def expected(name):
+    return np.array(CALLS[name](tiny_vit(), X), float)
+
+
+def check_same(name, found, atol=1e-5):
+    found = np.array(found, float)
+    assert np.isfinite(found).all() and found.any()
+    np.testing.assert_allclose(found, expected(name), atol=atol)
+
+
+@each_call
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_in_double_precision_and_either_picture(name, dtype):
+    check_same(name, CALLS[name](tiny_vit().double(), X.to(dtype)), atol=1e-3)
+
+
+@each_call
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_says_what_to_do(name, dtype):
+    model = tiny_vit().to(dtype)
+    for pixel_values in (X, X.to(dtype)):
+        if name in ("find_target_layers", "top_categories"):
+            assert len(CALLS[name](model, pixel_values))
+        else:
+            with pytest.raises(ValueError, match=r"computes in torch\.b?float16.*model\.float\(\)"):
+                CALLS[name](model, pixel_values)
+
+
+@each_call
+def test_autocast_and_default_precision_and_device_change_nothing(name):
+    model = tiny_vit()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_same(name, CALLS[name](model, X))
+    if name == "faithfulness":  # ROAD makes tensors as they are by default
+        return
+    try:
+        torch.set_default_dtype(torch.float64)
+        check_same(name, CALLS[name](model, X))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    try:
+        torch.set_default_device("meta")
+        found = CALLS[name](model, X)
+    finally:
+        torch.set_default_device(None)
+    check_same(name, found)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    model = torch.compile(tiny_vit(), backend="eager")
+    with torch.no_grad():
+        model(X)
+    yield model
+    torch._dynamo.reset()
+
+
+@each_call
+def test_a_compiled_model_is_explained_as_it_was_written(name, compiled):
+    check_same(name, CALLS[name](compiled, X))
+
+
+@each_call
+def test_the_picture_is_brought_to_the_models_device(name):
+    model, devices = tiny_vit().to("meta"), []
+    model.register_forward_pre_hook(lambda module, inputs: devices.append(inputs[0].device.type))
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):  # there are no numbers on this device
+        CALLS[name](model, X)
+    assert set(devices) == {"meta"} or name == "find_target_layers"  # which asks for numbers before it asks the model
+
+
+@each_call
+def test_a_picture_that_is_not_finite_is_refused(name):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        CALLS[name](tiny_vit(), torch.where(X > 2, float("nan"), X))
+
+
 def test_top_categories_are_the_models_first_ones():
     class Fixed(torch.nn.Module):
         config = types.SimpleNamespace(id2label={0: "cat", 1: "tabby cat", 2: "rocket"})
@@ -206,8 +407,15 @@ def test_top_categories_are_the_models_first_ones():
 
     found = top_categories(Fixed(), torch.zeros(1, 3, 4, 4), k=2)
     assert found.index.tolist() == ["cat", "rocket"] and found["score"].tolist() == [30, 20]
+    assert top_categories(Fixed(), torch.zeros(1, 3, 4, 4))["score"].tolist() == [30, 20, 10]  # four are asked for
     with pytest.raises(ValueError, match="one image at a time"):
         top_categories(Fixed(), torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="k is a whole number of at least 1, not 0"):
+        top_categories(Fixed(), torch.zeros(1, 3, 4, 4), k=0)
+    with pytest.raises(ValueError, match="no config.id2label, so its categories have no names: .* yourself$"):
+        top_categories(torch.nn.Flatten(), torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="or explain model.module"):
+        top_categories(torch.nn.DataParallel(Fixed()), torch.zeros(1, 3, 4, 4))
 
 
 def test_passes_are_counted():

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from pytorch_grad_cam.utils.image import scale_cam_image
 
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, eager_attention, frozen
+from xai_helpers.wrappers import LogitsModel, category_targets, eager_attention, frozen, input_for
 
 
 def relevance(model, pixel_values, categories):
@@ -28,9 +28,10 @@ def relevance(model, pixel_values, categories):
 
     Raises:
         ValueError: no attention between all patches can be read (a CNN, windowed or pooled attention); an unknown
-            category; a category that no attention has an effect on; pixel_values of another shape.
+            category; a callable that returns no single number; a category that no attention has an effect on;
+            pixel_values of another shape or not finite; a model in half precision.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
     scorer = LogitsModel(model)
     with frozen(scorer), eager_attention(scorer):
@@ -38,7 +39,7 @@ def relevance(model, pixel_values, categories):
         maps = []
         for target in targets:
             gradients = _gradients(target(scores[0]), attentions)
-            R = torch.eye(attentions[0].shape[-1], device=scores.device)
+            R = torch.eye(attentions[0].shape[-1], dtype=torch.float32, device=scores.device)
             for attention, gradient in zip(attentions, gradients, strict=True):
                 R = R + (attention * gradient).clamp(min=0).mean(dim=1)[0].detach().float() @ R
             maps.append(_read(R, gradients[-1], patches))
@@ -54,12 +55,12 @@ def rollout(model, pixel_values):
     Returns:
         A float32 array (1, height, width) in [0, 1].
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
     scorer = LogitsModel(model)
     with frozen(scorer), eager_attention(scorer):
         scores, attentions, patches = _attend(scorer, pixel_values)
         gradients = _gradients(scores.sum(), attentions)
-        R = identity = torch.eye(attentions[0].shape[-1], device=scores.device)
+        R = identity = torch.eye(attentions[0].shape[-1], dtype=torch.float32, device=scores.device)
         for attention in attentions:
             R = (attention.mean(dim=1)[0].detach().float() + identity) / 2 @ R
         maps = [_read(R, gradients[-1], patches)]
@@ -85,8 +86,7 @@ def _attend(scorer, pixel_values):
 
     handles = [module.register_forward_hook(watch) for module in scorer.modules()]
     try:
-        device = next(scorer.parameters()).device
-        scores = scorer(pixel_values.detach().to(device, copy=True).requires_grad_())
+        scores = scorer(pixel_values.clone().requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
@@ -104,7 +104,7 @@ def _attend(scorer, pixel_values):
             f"{grid[0]} x {grid[1]} patches among the tokens: windowed or pooled attention cannot be followed; {advice}"
         )
     last = tokens - getattr(scorer.config, "num_detection_tokens", 0)
-    return scores, attentions, torch.arange(last - grid[0] * grid[1], last).reshape(grid)
+    return scores, attentions, torch.arange(last - grid[0] * grid[1], last, device=scores.device).reshape(grid)
 
 
 def _gradients(score, attentions):

@@ -1,5 +1,6 @@
 """Maps from the pixels: Captum's gradient methods, occlusion, and random masks."""
 
+import contextlib
 import warnings
 
 import cv2
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from captum.attr import Occlusion, Saliency
 
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen
+from xai_helpers.wrappers import LogitsModel, category_targets, check_count, frozen, input_for
 
 
 class _Score(torch.nn.Module):
@@ -27,6 +28,18 @@ def _scaled(maps):
     return maps / maps.max(axis=(1, 2), keepdims=True).clip(min=1e-12)
 
 
+@contextlib.contextmanager
+def _captum_tidied(model):
+    """Takes away what Captum's DeepLift notes in a model's modules, and leaves there when it is interrupted."""
+    before = {module: set(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, known in before.items():
+            for name in {"input", "input_ref", "output"} & set(vars(module)) - known:
+                delattr(module, name)
+
+
 def attribute(model, pixel_values, categories, method=Saliency, **options):
     """How much each pixel speaks for or against each category, by one of Captum's methods.
 
@@ -43,16 +56,17 @@ def attribute(model, pixel_values, categories, method=Saliency, **options):
         divided by the largest of the map.
 
     Raises:
-        ValueError: an unknown category, or pixel_values of another shape.
+        ValueError: an unknown category, or a callable that returns no single number; pixel_values of another shape or
+            not finite; a model in half precision.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
     scorer = _Score(model, category_targets(model, categories))
-    with frozen(scorer), warnings.catch_warnings():
+    with frozen(scorer), _captum_tidied(scorer), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting .*backward hooks")  # Captum removes them
         warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
         engine = method(scorer)
         found = [
-            engine.attribute(pixel_values.detach().clone().requires_grad_(), target=i, **options).detach()
+            engine.attribute(pixel_values.clone().requires_grad_(), target=i, **options).detach()
             for i in range(len(scorer.targets))
         ]
     return _scaled(torch.cat(found).abs().sum(dim=1).cpu().numpy())
@@ -63,16 +77,22 @@ def occlude(model, pixel_values, categories, window=None, step=None, batch=25):
 
     Args:
         model, pixel_values, categories: as in `attribute`. All categories are read from the same pictures.
-        window: its side in pixels; None: a quarter of the picture's.
-        step: how far it moves; None: half of its side.
+        window: its side in pixels; None: a quarter of the picture's longer side, or its shorter side if that is less.
+        step: how far it moves, at most by its side; None: half of its side.
         batch: pictures in one pass.
 
     Returns:
         A float32 array (n_categories, height, width) in [0, 1]; what raises the score when it is hidden is zero.
+
+    Raises:
+        ValueError: as in `attribute`; a window that does not fit into the picture, or a step beyond it.
     """
-    check_picture(pixel_values)
-    window = window or max(pixel_values.shape[2:]) // 4
-    step = step or max(1, window // 2)
+    pixel_values = input_for(model, pixel_values)
+    shorter, longer = sorted(pixel_values.shape[2:])
+    window = max(1, min(longer // 4, shorter)) if window is None else window
+    check_count("window", window, most=shorter)
+    step = max(1, window // 2) if step is None else step
+    check_count("step", step, most=window)
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), torch.no_grad():
         drops = Occlusion(scorer).attribute(
@@ -93,16 +113,20 @@ def rise(model, pixel_values, categories, n_masks=200, cells=7, batch=50, seed=0
 
     Args:
         model, pixel_values, categories: as in `attribute`. All categories are read from the same masked pictures.
-        n_masks: how many.
+        n_masks: how many, at least 2.
         cells: of a grid, along a side.
         batch: pictures in one pass.
         seed: of the masks.
 
     Returns:
         A float32 array (n_categories, height, width) in [0, 1].
+
+    Raises:
+        ValueError: as in `attribute`; fewer than 2 masks.
     """
-    check_picture(pixel_values)
-    masks = torch.from_numpy(_random_masks(n_masks, cells, *pixel_values.shape[2:], seed)).to(pixel_values.device)
+    pixel_values = input_for(model, pixel_values)
+    check_count("n_masks", n_masks, least=2)
+    masks = torch.from_numpy(_random_masks(n_masks, cells, *pixel_values.shape[2:], seed)).to(pixel_values)
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), torch.no_grad():
         scores = torch.cat([scorer(pixel_values * some[:, None]) for some in masks.split(batch)])

@@ -18,9 +18,9 @@ from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import (
     LogitsModel,
     category_targets,
-    check_picture,
     eager_attention,
     frozen,
+    input_for,
     layer_path,
 )
 
@@ -33,7 +33,8 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
 
     The image runs through the model once. At the target layer its activations are repeated, one row a category, so
     only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
-    for the repeated image. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
+    for the repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it
+    on a CPU, `explain` does. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
     from the same scores. The model is explained in eval mode and left as it was.
 
     Args:
@@ -51,14 +52,22 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
         everywhere where nothing at the target layer speaks for the category.
 
     Raises:
-        ValueError: an unknown category or method; pixel_values of another shape; a layer that is not in the model,
-            is not reached, has no positions or gets no gradient; a reshape transform that does not fit; FullGrad
-            for a model with biases that it does not read; ShapleyCAM with a reshape transform.
+        ValueError: an unknown category or method; a callable that returns no single number; pixel_values of another
+            shape or not finite; no layer, or one that is not in the model, is not reached, has no positions or gets no
+            gradient; a reshape transform that does not fit; FullGrad for a model with biases that it does not read;
+            ShapleyCAM with a reshape transform; a model in half precision or without parameters.
         TypeError: an option that the method does not have.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
     layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+    if not layers:
+        raise ValueError(f"no target layer: give a module, or a list of at least one; {ADVICE}")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has no parameters, from which grad-cam reads the device: use a method that needs "
+            "no layer, such as attribute or occlude"
+        )
     fork = _Fork(model, layers, reshape_transform)
     if not (isinstance(method, type) and issubclass(method, BaseCAM)):
         raise ValueError(
@@ -81,15 +90,23 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
     with frozen(fork), fork.hooks():
         full_grad = issubclass(method, FullGrad)
         cam = method(fork, *([], None) if full_grad else (layers, reshape_transform), **options)
+        copies = [layer.register_forward_hook(_copy) for layer in layers]
         try:
             if full_grad:
                 _pair_biases(cam, fork, pixel_values)
             run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
             with contextlib.nullcontext() if cam.detach else eager_attention(fork):  # ShapleyCAM differentiates twice
-                maps = run(cam, fork, pixel_values.detach(), targets, call_options)
+                maps = run(cam, fork, pixel_values, targets, call_options)
         finally:  # grad-cam's own `with` block would swallow an IndexError
             cam.activations_and_grads.release()
+            for handle in copies:
+                handle.remove()
     return np.float32(maps)
+
+
+def _copy(layer, inputs, output):
+    """Lets the model go on with a copy, which it may work on in place: grad-cam keeps what the layer put out."""
+    return output.clone()
 
 
 class _Fork(LogitsModel):
@@ -116,7 +133,7 @@ class _Fork(LogitsModel):
 
     def at_target_layer(self, layer, inputs, output):
         layer_to_map(output, self.reshape_transform, self.paths[layer])
-        self.has_gradient.setdefault(layer, torch.tensor(False))
+        self.has_gradient.setdefault(layer, torch.tensor(False, device="cpu"))
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
@@ -186,8 +203,12 @@ def _masked_maps(cam, fork, image, targets, call_options):
         for name, child in parent.named_children()
         if child in fork.paths
     ]
+    hooks = {layer: set(layer._forward_hooks) for layer in fork.paths}
     fork.start(copies=1, rows=None)
-    cam.model = cam.activations_and_grads.model = passes = _SharedPasses(fork, cam.activations_and_grads)
+    passes = _SharedPasses(fork, cam.activations_and_grads, cam.target_layers)
+    cam.model = cam.activations_and_grads.model = passes
+    # AblationCAM's hook comes after `_copy`, so what it keeps is to be a copy as well.
+    cam.save_activation = lambda layer, inputs, output: setattr(cam, "activations", output.clone())
     loops = len(cam.target_layers) * (len(cam.tta_transforms) if call_options.get("aug_smooth") else 1)
     maps = []
     try:
@@ -195,9 +216,12 @@ def _masked_maps(cam, fork, image, targets, call_options):
             for target in targets:
                 passes.position = 0
                 maps.extend(cam(image, [target], **call_options))
-    finally:  # AblationCAM leaves its layer in the model when it fails
+    finally:  # AblationCAM leaves its layer or its hook in the model when it fails
         for parent, name, child in parents:
             setattr(parent, name, child)
+        for layer, known in hooks.items():
+            for key in set(layer._forward_hooks) - known:
+                del layer._forward_hooks[key]
     return maps
 
 
@@ -241,13 +265,16 @@ class _SharedPasses(torch.nn.Module):
     """Gives the scores of earlier passes again when they are asked for in the same order from position 0.
 
     `record` is where grad-cam collects activations. It is empty when grad-cam asks for those of the image itself: they
-    are given again too. Those of masked images, which grad-cam collects and never reads, are dropped.
+    are given again too. Those of masked images, which grad-cam collects and never reads, are dropped. `layers` are
+    grad-cam's target layers: it takes them to be in the order of the activations, in which they run, so they are put
+    into it.
     """
 
-    def __init__(self, model, record):
+    def __init__(self, model, record, layers):
         super().__init__()
         self.model = model
         self.record = record
+        self.layers = layers
         self.passes = []
         self.position = 0
 
@@ -255,6 +282,7 @@ class _SharedPasses(torch.nn.Module):
         collected = len(self.record.activations)
         if self.position == len(self.passes):
             scores = self.model(pixel_values)
+            self.layers.sort(key=list(self.model.has_gradient).index)
             self.passes.append((scores, [] if collected else list(self.record.activations)))
             del self.record.activations[collected:]
         scores, activations = self.passes[self.position]

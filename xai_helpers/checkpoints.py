@@ -1,6 +1,7 @@
 """A name -> model and processor, from the bundled weights or from the hub; and pictures that go with them."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -20,7 +21,7 @@ from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene
 from xai_helpers.scoring import Example
-from xai_helpers.wrappers import category_index
+from xai_helpers.wrappers import category_index, device_of
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -102,7 +103,8 @@ def load(name, weights=None, device=None):
         or semantic segmentation. "faster-rcnn" is torchvision's, with a `config.id2label` beside.
 
     Raises:
-        ValueError: an unknown name, or published weights of one of `FAULTY`.
+        ValueError: an unknown name, published weights of one of `FAULTY`, or a folder whose weights lack a part of the
+            model, such as its head.
         OSError: the checkpoint is not there and cannot be fetched.
     """
     published = HUB | CLIPS | FINDERS | FAULTY
@@ -131,9 +133,19 @@ def load(name, weights=None, device=None):
                     model = model_class.from_pretrained(source)
         else:
             processor = processor_class.from_pretrained(source)
-            model = model_class.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True if weights == "bundled" else None
+            model, found = model_class.from_pretrained(
+                source,
+                dtype=torch.float32,
+                use_safetensors=True if weights == "bundled" else None,
+                output_loading_info=True,
             )
+            missing = sorted(found["missing_keys"])
+            if missing and weights != "hub":
+                raise ValueError(
+                    f"The weights in {source} are not those of a {type(model).__name__}: {len(missing)} of its "
+                    f"parameters are not there and would be random, such as {missing[0]}. Train the model with its "
+                    "head, or give another folder."
+                )
     except OSError as error:
         raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
     return model.to(device).eval() if device else model.eval(), processor
@@ -215,7 +227,8 @@ def as_example(scene, model, processor):
     """A scene as a model gets it.
 
     Args:
-        scene: a `Scene` whose categories the model knows, from `make_scene` or `natural`.
+        scene: a `Scene` whose categories the model knows, such as from `make_scene` or `natural`. Its picture may be
+            of any mode.
         model, processor: as `load` gives them.
 
     Returns:
@@ -229,10 +242,9 @@ def as_example(scene, model, processor):
     unknown = [category for category in scene.categories if category not in names]
     if unknown:
         raise ValueError(f"The model has no category for {', '.join(unknown)}; it has one for {', '.join(names)}.")
+    scene = dataclasses.replace(scene, image=read_picture(scene.image))
     seen = as_seen(scene, processor)
-    pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(
-        next(model.parameters()).device
-    )
+    pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(device_of(model))
     return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
 
 

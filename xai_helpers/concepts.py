@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.scoring import strongest_inside
-from xai_helpers.wrappers import LogitsModel, check_picture, frozen, layer_path
+from xai_helpers.wrappers import LogitsModel, check_count, frozen, input_for, layer_path
 
 
 @dataclasses.dataclass
@@ -50,16 +50,18 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         concept_head: callable that scores vectors, (n_concepts, channels) -> (n_concepts, n_classes): what the model
             does after the target layer's average, so its classifier, with the norm before it where there is one.
         reshape_transform: turns the layer's output into (batch, channels, height, width); None if it has that shape.
-        n_concepts: how many.
+        n_concepts: how many, at least 1.
 
     Returns:
         Concepts.
 
     Raises:
         ValueError: a layer that is not in the model, is not reached or has no positions; a reshape transform or a
-            concept head that does not fit; pixel_values of another shape.
+            concept head that does not fit; pixel_values of another shape or not finite; no whole number of concepts;
+            a model in half precision.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
+    check_count("n_concepts", n_concepts)
     scorer = LogitsModel(model)
     path = layer_path(model, target_layer)
     activations = []
@@ -68,10 +70,9 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         activations.append(layer_to_map(output, reshape_transform, path))
 
     with frozen(scorer), torch.no_grad():
-        device = next(scorer.parameters()).device
         handle = target_layer.register_forward_hook(watch)
         try:
-            scorer(pixel_values.to(device))
+            scorer(pixel_values)
         finally:
             handle.remove()
         if not activations:
@@ -83,7 +84,7 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         offset = features.min(axis=(0, 2, 3))
         peaks = strengths[0].max(axis=(1, 2))
         vectors = np.float32((factors - offset[:, None]) * peaks + offset[:, None]).T
-        scores = _head_scores(concept_head, torch.from_numpy(vectors).to(device))
+        scores = _head_scores(concept_head, torch.from_numpy(vectors).to(pixel_values))
     height, width = pixel_values.shape[2:]
     return Concepts(scale_cam_image(strengths[0], (width, height)), vectors, scores)
 

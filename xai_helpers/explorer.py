@@ -13,7 +13,7 @@ import io
 import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from xai_helpers.plots import outline, overlay
 from xai_helpers.reshape import layer_to_map
 from xai_helpers.scenes import PHOTOS, Scene, as_seen, make_scene, natural, with_article
 from xai_helpers.scoring import Example, energy_inside, hits, resize_masks
-from xai_helpers.wrappers import category_index, frozen, layer_path, top_categories
+from xai_helpers.wrappers import category_index, device_of, frozen, input_for, layer_path, top_categories
 
 #: Scenes: seed and objects. Only objects that the published checkpoints know, too.
 SCENES = [(19, ["cat", "coffee cup"]), (1, ["flower", "motorcycle"]), (5, ["cat", "rocket"])]
@@ -102,7 +102,7 @@ def as_question(scene, model, processor, categories=None):
     """A picture as a model gets it, and what to ask about it.
 
     Args:
-        scene: a `Scene`.
+        scene: a `Scene`. Its picture may be of any mode.
         model, processor: as `checkpoints.load` gives them.
         categories: names of the model's. None: those objects of the scene that the model knows, with their answers;
             if there is none, the categories to which the model gives the highest scores.
@@ -111,8 +111,11 @@ def as_question(scene, model, processor, categories=None):
         An `Example`; its masks are None where the answer is not known.
 
     Raises:
-        ValueError: the model has no such category.
+        ValueError: the model has no such category, or there is none to ask for.
     """
+    if categories is not None and not len(categories):
+        raise ValueError("categories are a list of at least one name; leave them out to ask for those of the picture.")
+    scene = replace(scene, image=read_picture(scene.image))
     if categories is None:
         known = [i for i, name in enumerate(scene.categories) if name in scene_categories(model)]
         if known:
@@ -120,7 +123,7 @@ def as_question(scene, model, processor, categories=None):
             return as_example(Scene(scene.image, names, scene.masks[known]), model, processor)
     image = as_seen(scene, processor).image
     pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"]
-    pixel_values = pixel_values.to(next(model.parameters()).device)
+    pixel_values = pixel_values.to(device_of(model))
     if categories is None:
         names = top_categories(model, pixel_values, min(CATEGORIES, len(model.config.id2label))).index
     else:
@@ -157,7 +160,7 @@ def _grid(model, module, reshape, pixel_values):
     hook = module.register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
         with frozen(model), torch.no_grad():
-            model(pixel_values)
+            model(input_for(model, pixel_values, coarse=True))
     finally:
         hook.remove()
     return tuple(layer_to_map(found[0], reshape, layer_path(model, module)).shape[2:])
@@ -230,9 +233,10 @@ def _baselines(model, processor):
 
 
 def _occlude(model, pixel_values, categories, share):
-    """A window of a share of the side, moved by an eighth of it whatever its size."""
-    side = max(pixel_values.shape[2:])
-    return occlude(model, pixel_values, categories, window=side // share, step=max(1, side // 8))
+    """A window of a share of the longer side, as far as it fits, moved by an eighth of it whatever its size."""
+    shorter, longer = sorted(pixel_values.shape[2:])
+    window = max(1, min(longer // share, shorter))
+    return occlude(model, pixel_values, categories, window=window, step=max(1, min(longer // 8, window)))
 
 
 def make_maps(method, setting, example):
@@ -283,9 +287,9 @@ def view(example, index, heat, side=SIDE):
 
 
 def shown(image, side=SIDE):
-    """A picture at the size in which it is shown: its longer side has `side` pixels."""
+    """A picture at the size in which it is shown: its longer side has `side` pixels, and the other one at least one."""
     factor = side / max(image.size)
-    return image.resize([round(length * factor) for length in image.size], Image.Resampling.LANCZOS)
+    return image.resize([max(1, round(length * factor)) for length in image.size], Image.Resampling.LANCZOS)
 
 
 def with_outline(picture, answer):
@@ -343,7 +347,7 @@ def explorer(model=None, processor=None, image=None, categories=None):
 
     Raises:
         ValueError: a model without its processor or without `config.id2label`, a picture that cannot be read, a
-            category that the model does not have.
+            category that the model does not have, or an empty list of them.
         ImportError: ipywidgets is not installed.
     """
     return _Explorer(_models(model, processor), _scenes(image, categories), categories).box

@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from xai_helpers.reshape import channels_last_to_map, layer_to_map, tokens_to_map
-from xai_helpers.wrappers import LogitsModel, category_targets, check_picture, frozen, layer_path
+from xai_helpers.wrappers import LogitsModel, category_targets, frozen, input_for, layer_path
 
 PATCHES = [(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # centres (y, x) as shares of the sides
 PATCH_SIDE = 1 / 3
@@ -150,14 +150,15 @@ def find_target_layers(model, pixel_values):
         A `LayerReport`: its `cam` and `dff` are the chosen ones, each a `TargetLayer`; a notebook shows a table.
 
     Raises:
-        ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape.
+        ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape or not
+            finite.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values, coarse=True)
     scorer = LogitsModel(model)
     paths = {module: path for path, module in model.named_modules() if path}
     disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
     with frozen(scorer), tqdm(desc="target layers", total=3, delay=1, leave=False, disable=disable) as bar:
-        image = pixel_values.detach().to(_device(scorer), copy=True)
+        image = pixel_values.clone()
         layers, dependent = _layers_with_positions(scorer, paths, image)
         bar.update()
         _follow_evidence(scorer, dependent, layers, image)
@@ -384,7 +385,7 @@ def _some_score(scorer, dependent, image, watched, hook):
             stack.enter_context(_hooks([module], lambda module, _, options, output: start(module, None, output)))
         stack.enter_context(_hooks(watched, hook))
         scores = scorer(leaves[0].clone())[0].flatten()
-    weights = torch.randn(len(scores), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(len(scores), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     score = (scores * weights.to(scores)).sum()
     if not score.requires_grad:
         raise ValueError(NO_GRADIENT)
@@ -431,15 +432,15 @@ def _tensor_in(output):
 
 def _changed_images(image):
     """The image, and for each draw of noise a copy for each patch, in which the noise lies over the patch."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     rows = image.repeat(1 + DRAWS * len(PATCHES), 1, 1, 1)
     strength = image.std() if image.std() > 0 else 1
     for row, centre in zip(rows[1:], PATCHES * DRAWS, strict=True):
         top, left = (round((c - PATCH_SIDE / 2) * n) for c, n in zip(centre, image.shape[2:], strict=True))
         bottom, right = (round((c + PATCH_SIDE / 2) * n) for c, n in zip(centre, image.shape[2:], strict=True))
         patch = row[:, top:bottom, left:right]
-        colour = torch.randn((len(patch), 1, 1), generator=generator)
-        patch += strength * (colour + torch.randn(patch.shape, generator=generator)).to(patch)
+        colour = torch.randn((len(patch), 1, 1), generator=generator, device="cpu")
+        patch += strength * (colour + torch.randn(patch.shape, generator=generator, device="cpu")).to(patch)
     return rows
 
 
@@ -520,7 +521,7 @@ def _locality(changes):
 
 def _cells(centre, n):
     """Which of n rows or columns belong to a patch: those with their middle in it, or else the nearest."""
-    distances = ((torch.arange(n) + 0.5) / n - centre).abs()
+    distances = ((torch.arange(n, device="cpu") + 0.5) / n - centre).abs()
     return distances <= max(PATCH_SIDE / 2, distances.min().item()) + 1e-6
 
 
@@ -550,9 +551,10 @@ def layer_table(model, pixel_values, category, layers):
 
     Raises:
         ValueError: no layers; more than one category or an unknown one; a layer that is not in the model, is not
-            reached or returns no tensor; a reshape transform that does not fit; pixel_values of another shape.
+            reached or returns no tensor; a reshape transform that does not fit; pixel_values of another shape or not
+            finite; a model in half precision.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, category)
     if len(targets) > 1:
         raise ValueError(f"layer_table looks at one category, not at {len(targets)}: call it once for each")
@@ -575,7 +577,7 @@ def layer_table(model, pixel_values, category, layers):
     with frozen(scorer):
         handles = [layer.register_forward_hook(watch) for layer in paths]
         try:
-            rows = pixel_values.detach().to(_device(scorer), copy=True).requires_grad_().repeat(2, 1, 1, 1)
+            rows = pixel_values.clone().requires_grad_().repeat(2, 1, 1, 1)
             score = targets[0](scorer(rows)[0])
         finally:
             for handle in handles:
@@ -607,7 +609,3 @@ def _row(gradient, reshape_transform, image_size):
     grid = gradient.shape[2:]
     strides = [f"{side / n:.3g}" for side, n in zip(image_size, grid, strict=True)]
     return [output, " x ".join(map(str, grid)), " x ".join(dict.fromkeys(strides)), alive]
-
-
-def _device(model):
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -27,7 +27,7 @@ from xai_helpers.scoring import (
     random_maps,
     score_maps,
 )
-from xai_helpers.wrappers import LogitsModel, category_index, category_targets
+from xai_helpers.wrappers import LogitsModel, category_index, category_targets, frozen, input_for
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
 MODELS = ["resnet", "vit", "swin", "convnext"]
@@ -114,16 +114,17 @@ def faithfulness(model, example, heat, seed=0):
         half the difference between what is lost without the map's top fifth and without all but it. "deletion" (RISE):
         what is lost on average while pixels turn grey in the map's order.
     """
-    x, index = example.pixel_values, category_index(model, example.categories[0])
+    x, index = input_for(model, example.pixel_values), category_index(model, example.categories[0])
     scorer = LogitsModel(model)
-    with torch.no_grad():
-        full, grey = (scorer(picture)[0, index].item() for picture in (x, torch.zeros_like(x)))
     broken = heat + 1e-4 * np.random.default_rng(seed).random(heat.shape)  # ROAD removes all equal values at once
     broken = np.float32(broken / broken.max())[None]
     target = category_targets(model, example.categories[:1])
-    most = ROADMostRelevantFirst(80)(x, broken, target, scorer)[0]
-    least = ROADLeastRelevantFirst(20)(x, broken, target, scorer)[0]
-    deletion, _ = perturbation_curves(lambda pictures: scorer(pictures)[:, index], x, heat, baseline=0, seed=seed)
+    with frozen(scorer), torch.no_grad():
+        full, grey = (scorer(picture)[0, index].item() for picture in (x, torch.zeros_like(x)))
+        single, as_single = x.float(), lambda pictures: scorer(pictures.to(x))  # ROAD works in single precision
+        most = ROADMostRelevantFirst(80)(single, broken, target, as_single)[0]
+        least = ROADLeastRelevantFirst(20)(single, broken, target, as_single)[0]
+        deletion, _ = perturbation_curves(lambda pictures: scorer(pictures)[:, index], x, heat, baseline=0, seed=seed)
     return {"ROAD": (least - most) / 2 / (full - grey), "deletion": (full - deletion.mean()) / (full - grey)}
 
 

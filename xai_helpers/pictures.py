@@ -20,12 +20,15 @@ def read_picture(source):
         A PIL image of mode RGB.
 
     Raises:
-        ValueError: `source` is neither, it cannot be read as a picture, or it has values that are not finite.
+        ValueError: `source` is neither, it cannot be read as a picture, it has no pixels or more than PIL takes for a
+            safe number, or it has values that are not finite.
     """
     if isinstance(source, (str, Path)):
         try:
             image = Image.open(source)
             image.load()
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{source} is too large to be read as a picture: {error}. Make it smaller.") from error
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"{source} cannot be read as a picture: {error}. Save it as PNG or JPEG and try again."
@@ -35,7 +38,11 @@ def read_picture(source):
         raise ValueError(
             f"A picture is a path or a PIL image, not {type(source).__name__}. Make one with PIL.Image.fromarray."
         )
+    if not all(source.size):
+        raise ValueError(f"The picture has no pixels: it is {source.width} x {source.height}.")
     image = ImageOps.exif_transpose(source)
+    if image.mode == "La":  # premultiplied, which PIL turns back into LA only
+        image = image.convert("LA")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         if not np.isfinite(values).all():

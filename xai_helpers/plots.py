@@ -7,7 +7,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 
 from xai_helpers.pictures import read_picture
-from xai_helpers.scoring import energy_inside, hits
+from xai_helpers.scoring import energy_inside, hits, resize_masks
 
 GREY = 0.55  # the grey under the colour bar, that of a middling picture
 OPACITY = np.linspace(0, 0.85, 256) ** 0.7
@@ -55,11 +55,12 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
         maps: (n, height, width) in [0, 1], or n maps that have sizes of their own, such as those of several models.
         titles: one a map.
         answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
-            ("hit" or "miss") and which share of the map does ("inside").
+            ("hit" or "miss", see `scoring.hits`) and which share of the map does ("inside").
         full_at: as in `overlay`. The cross and the scores are those of the whole map.
 
     Returns:
-        The matplotlib figure.
+        The matplotlib figure. A cross marks each map's maximum. Where several pixels reach it, it is the one nearest
+        to their centre; with answers, of those inside for a hit and of those outside for a miss.
 
     Raises:
         ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
@@ -84,15 +85,18 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
     axes.flat[0].set_title("what the model saw")
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
         ax.imshow(overlay(image, heat, full_at))
-        peak = np.unravel_index(heat.argmax(), heat.shape)
+        at_maximum = heat == heat.max()
         scale = np.array([image.height, image.width]) / heat.shape
         if answers is not None:
             outline(ax, answers[i], image)
             hit, inside = hits(heat[None], answers[i][None])[0], energy_inside(heat[None], answers[i][None])[0]
             title = f"{title}\n{'hit' if hit else 'miss'}, {inside:.0%} inside"
+            at_maximum &= resize_masks(answers[i][None], *heat.shape)[0] == hit  # the cross and the title agree
         if heat.max() > 0:
+            peaks = np.argwhere(at_maximum)
+            peak = peaks[((peaks - peaks.mean(axis=0)) ** 2).sum(axis=1).argmin()]
             ax.plot(
-                *(np.array(peak) + 0.5)[::-1] * scale[::-1] - 0.5,
+                *(peak + 0.5)[::-1] * scale[::-1] - 0.5,
                 "+",
                 color="black",
                 markersize=11,

@@ -63,7 +63,7 @@ def layer_to_map(output, reshape_transform, path):
         A tensor (batch, channels, height, width) with more than one position.
 
     Raises:
-        ValueError: the output is no tensor, has no positions, or the reshape transform does not fit.
+        ValueError: the output is no tensor, has no positions, or the reshape transform does not fit or returns none.
     """
     if not isinstance(output, torch.Tensor):
         raise ValueError(f"target layer {path} returns a {type(output).__name__}, not a tensor; {ADVICE}")
@@ -76,6 +76,11 @@ def layer_to_map(output, reshape_transform, path):
                 f"the reshape transform does not fit target layer {path}, which returns shape {tuple(output.shape)}: "
                 f"{error}; {ADVICE}"
             ) from error
+        if not isinstance(maps, torch.Tensor):
+            raise ValueError(
+                f"the reshape transform for target layer {path} returned a {type(maps).__name__}, not a tensor; "
+                f"{ADVICE}"
+            )
     if maps.ndim != 4 or maps.shape[2] * maps.shape[3] < 2:
         after = "" if reshape_transform is None else f" and, reshaped, {tuple(maps.shape)}"
         raise ValueError(

@@ -127,7 +127,7 @@ def edge_maps(n, pixel_values):
     Returns:
         A float32 array (n, height, width) in [0, 1].
     """
-    grey = pixel_values[0].mean(dim=0).cpu().numpy()
+    grey = pixel_values[0].detach().float().mean(dim=0).cpu().numpy()
     strength = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
     smooth = cv2.GaussianBlur(strength, (0, 0), max(grey.shape) / 40)
     return np.repeat(smooth[None] / max(smooth.max(), 1e-12), n, axis=0)
@@ -235,21 +235,23 @@ def likeness(a, b):
     return float(spearmanr(a[both], b[both]).statistic) if both.sum() >= 50 else float("nan")
 
 
-def sanity_check(model, parts, methods_of, examples, seed=0):
+def sanity_check(model, parts, methods_of, examples, seeds=3):
     """Do maps change when the model is destroyed? The cascading randomisation of Adebayo et al. (NeurIPS 2018).
 
     A copy of the model gets random weights, one part after the other from the top down; after each, the maps of the
-    examples' first categories are made anew.
+    examples' first categories are made anew. One random classifier may happen to resemble the trained one, or its
+    opposite, so this is done with several copies.
 
     Args:
         model: it is left as it is.
         parts: name -> dotted path of a module in it, the last one of the model first.
         methods_of: function of a model that gives its methods, name -> function (pixel_values, categories) -> maps.
         examples: `Example` objects.
-        seed: of the random weights.
+        seeds: how many copies; their random weights are those of the seeds 0, 1, ...
 
     Returns:
-        A pandas DataFrame, a row a part, a column a method: the mean `likeness` to the map of the trained model.
+        A pandas DataFrame, a row a part, a column a method: the mean `likeness` to the map of the trained model, over
+        the copies and the examples. Pairs of maps that have none are left out; NaN where no pair has one.
     """
 
     def maps_of(one):
@@ -258,19 +260,20 @@ def sanity_check(model, parts, methods_of, examples, seed=0):
             for name, method in methods_of(one).items()
         }
 
-    trained, broken, rows = maps_of(model), copy.deepcopy(model), {}
+    trained = maps_of(model)
+    found = {part: {name: [] for name in trained} for part in parts}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for part, path in parts.items():
-            for module in broken.get_submodule(path).modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-            after = maps_of(broken)
-            rows[part] = {
-                name: np.nanmean([likeness(a, b) for a, b in zip(trained[name], after[name], strict=True)])
-                for name in trained
-            }
-    return pd.DataFrame.from_dict(rows, orient="index")
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            broken = copy.deepcopy(model)
+            for part, path in parts.items():
+                for module in broken.get_submodule(path).modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+                for name, after in maps_of(broken).items():
+                    found[part][name] += [likeness(a, b) for a, b in zip(trained[name], after, strict=True)]
+    means = {part: {name: pd.Series(values).mean() for name, values in row.items()} for part, row in found.items()}
+    return pd.DataFrame.from_dict(means, orient="index")
 
 
 def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
@@ -292,11 +295,13 @@ def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
         from the picture to the baseline. Insertion: while the baseline's are replaced by the picture's.
 
     Raises:
-        ValueError: the map and the picture differ in size.
+        ValueError: the map and the picture differ in size, or the map has values that are not finite.
     """
     heat = np.asarray(heat)
     if heat.shape != tuple(pixel_values.shape[2:]):
         raise ValueError(f"a map of shape {heat.shape} for a picture of {tuple(pixel_values.shape[2:])} pixels")
+    if not np.isfinite(heat).all():
+        raise ValueError("the map has values that are not finite, which have no place in an order")
     shuffled = np.random.default_rng(seed).permutation(heat.size)
     order = shuffled[np.argsort(-heat.ravel()[shuffled], kind="stable")]
     rank = np.empty(heat.size)
@@ -306,4 +311,4 @@ def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
     empty = torch.as_tensor(baseline, dtype=pixel_values.dtype, device=pixel_values.device).expand_as(pixel_values)
     with torch.no_grad():
         curves = [score(torch.where(changed, new, old)) for new, old in ((empty, pixel_values), (pixel_values, empty))]
-    return tuple(np.asarray(curve.cpu(), float) for curve in curves)
+    return tuple(curve.cpu().double().numpy() for curve in curves)

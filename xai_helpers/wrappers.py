@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import itertools
 import numbers
 import types
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -157,6 +159,24 @@ class CategoryTarget(ClassifierOutputTarget):
         return scores[..., self.category]
 
 
+class CallableTarget:
+    """What a callable makes of the scores of one image, with a clear error where that is not one number."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, scores):
+        score = self.function(scores)
+        if not isinstance(score, torch.Tensor) or score.numel() != 1:
+            found = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else type(score).__name__
+            raise ValueError(
+                "a callable category makes a tensor of one number of the scores of one image, such as "
+                f"lambda scores: scores[0] - scores[1]; this one returned {found} for scores of shape "
+                f"{tuple(getattr(scores, 'shape', ()))}"
+            )
+        return score.reshape(())
+
+
 def category_targets(model, categories):
     """Turns categories into targets, the functions that pick from the scores of one image what is explained.
 
@@ -165,14 +185,16 @@ def category_targets(model, categories):
         categories: a name, an index or a callable (scores of one image -> scalar), or several of them.
 
     Returns:
-        One callable a category.
+        One callable a category. Those for an index that no score has and for a callable that returns no single number
+        raise a ValueError.
 
     Raises:
-        ValueError: an unknown name (the closest names are given), an ambiguous one, or no category at all.
+        ValueError: an unknown name (the closest names are given), an ambiguous one, what is neither name nor index nor
+            callable, or no category at all.
     """
     if isinstance(categories, (torch.Tensor, np.ndarray)):
         categories = categories.reshape(-1).tolist()
-    if isinstance(categories, (str, numbers.Integral)) or callable(categories):
+    if isinstance(categories, (str, bytes)) or callable(categories) or not isinstance(categories, Iterable):
         categories = [categories]
     targets = [_target(model, category) for category in categories]
     if not targets:
@@ -182,8 +204,10 @@ def category_targets(model, categories):
 
 def _target(model, category):
     if callable(category):
-        return category
-    if isinstance(category, numbers.Integral):
+        return CallableTarget(category)
+    if isinstance(category, (torch.Tensor, np.ndarray)) and category.ndim == 0:
+        category = category.item()
+    if isinstance(category, numbers.Integral) and not isinstance(category, bool):
         return CategoryTarget(int(category))
     if not isinstance(category, str):
         raise ValueError(f"a category is a name, an index or a callable, not {type(category).__name__}")
@@ -204,9 +228,7 @@ def category_index(model, name):
     Raises:
         ValueError: the model has no names, an unknown name (the closest names are given), or an ambiguous one.
     """
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    if not names:
-        raise ValueError(f"the model has no config.id2label, so category {name!r} has no index: give the index")
+    names = _names(model, f"category {name!r} has no index: give the index")
     plain = _plain(name)
     for is_meant in (
         lambda known: known == name,
@@ -225,6 +247,15 @@ def category_index(model, name):
     raise ValueError(f"the model has no category {name!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
 
 
+def _names(model, so):
+    """A model's `config.id2label`; `so` says what follows where it has none."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names:
+        wrapped = isinstance(getattr(model, "module", None), torch.nn.Module)  # as in a DataParallel
+        raise ValueError(f"the model has no config.id2label, so {so}{', or explain model.module' if wrapped else ''}")
+    return names
+
+
 def _plain(name):
     return name.lower().replace("_", " ")
 
@@ -235,24 +266,67 @@ def top_categories(model, pixel_values, k=4):
     Args:
         model: a transformers classification model with a `config.id2label`.
         pixel_values: one image, float tensor (1, 3, height, width).
-        k: how many.
+        k: how many, at least 1; all, if the model has fewer.
 
     Returns:
         A pandas DataFrame, best first: a row a category, with its "score" (a logit, if the model gives logits).
 
     Raises:
-        ValueError: pixel_values of another shape.
+        ValueError: a model without `config.id2label`; pixel_values of another shape; a bad k.
     """
-    check_picture(pixel_values)
+    pixel_values = input_for(model, pixel_values, coarse=True)
+    names = _names(model, "its categories have no names: sort its scores yourself")
+    check_count("k", k)
     scorer = LogitsModel(model)
     with frozen(scorer), torch.no_grad():
-        scores, indices = scorer(pixel_values)[0].topk(k)
-    names = [model.config.id2label[int(i)] for i in indices]
-    return pd.DataFrame({"score": scores.cpu().numpy()}, index=names)
+        scores = scorer(pixel_values)[0].float()
+        scores, indices = scores.topk(min(k, len(scores)))
+    return pd.DataFrame({"score": scores.cpu().numpy()}, index=[names[int(i)] for i in indices])
+
+
+def check_count(name, value, least=1, most=None):
+    """Raises a ValueError unless a value is a whole number of at least `least` and, if given, at most `most`."""
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is a whole number {bounds}, not {value!r}")
+
+
+def device_of(model):
+    """Where a model computes: the device of its first parameter or buffer; the CPU, if it has neither."""
+    return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
+
+
+def _tensors(model):
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def input_for(model, pixel_values, coarse=False):
+    """An image as a model takes it: checked, without autograd's history, on the model's device and in its precision.
+
+    Args:
+        model: any module.
+        pixel_values: one image, float tensor (1, 3, height, width).
+        coarse: whether a model in half precision will do.
+
+    Raises:
+        ValueError: pixel_values of another kind, as in `check_picture`; a model in half precision.
+    """
+    check_picture(pixel_values)
+    dtype = next((tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()), pixel_values.dtype)
+    if dtype.itemsize < 4 and not coarse:
+        raise ValueError(
+            f"the model computes in {dtype}, which is too coarse for gradients and maps: explain it in single "
+            "precision, model.float()"
+        )
+    return pixel_values.detach().to(device_of(model), dtype)
 
 
 def check_picture(pixel_values):
-    """Raises a ValueError that says what to do, unless pixel_values is one image, float (1, 3 or 1, height, width)."""
+    """Raises a ValueError that says what to do, unless pixel_values is one image of finite values.
+
+    It is a float tensor (1, 3, height, width), or (1, 1, height, width).
+    """
     if not isinstance(pixel_values, torch.Tensor):
         advice = 'give the tensor that the processor makes: processor(image, return_tensors="pt")["pixel_values"]'
         raise ValueError(f"pixel_values is a {type(pixel_values).__name__}, not a tensor: {advice}")
@@ -267,6 +341,11 @@ def check_picture(pixel_values):
         advice = "let the model's processor make it from the image"
     elif not pixel_values.is_floating_point():
         advice = f"it is {pixel_values.dtype}; let the model's processor scale and normalise the image"
+    elif not (pixel_values.is_meta or pixel_values.isfinite().all()):
+        raise ValueError(
+            "pixel_values has NaN or infinite values: look for them in the image, or for a division by zero in what "
+            "normalised it"
+        )
     else:
         return
     raise ValueError(f"pixel_values has shape {shape}, wanted a float tensor (1, 3, height, width): {advice}")
@@ -275,7 +354,10 @@ def check_picture(pixel_values):
 def layer_path(model, layer):
     """The dotted name of a module inside a model; a ValueError if it is not in there."""
     if not isinstance(layer, torch.nn.Module):
-        raise ValueError(f"a target layer is a module such as model.vit.layers[-2], not {layer!r}; {ADVICE}")
+        found = repr(layer) if isinstance(layer, str) else type(layer).__name__
+        if isinstance(getattr(layer, "module", None), torch.nn.Module):
+            found += ": give its .module, and beside it its .reshape_transform"
+        raise ValueError(f"a target layer is a module such as model.vit.layers[-2], not {found}; {ADVICE}")
     for path, module in model.named_modules():
         if module is layer:
             return path or type(model).__name__
@@ -284,12 +366,22 @@ def layer_path(model, layer):
 
 @contextlib.contextmanager
 def frozen(model):
-    """Eval mode, parameters that need no gradient, autograd on; at the end all of it, and `.grad`, is as before."""
+    """Eval mode, parameters that need no gradient, autograd on; at the end all of it, and `.grad`, is as before.
+
+    Autocast is off, since numpy knows no bfloat16, and a model of torch.compile runs as it was written, since compiled
+    code runs past hooks.
+    """
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         model.eval().requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        kind = device_of(model).type
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for module, training in modes:

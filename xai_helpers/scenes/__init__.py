@@ -7,6 +7,7 @@ The objects are cut out of photos that scikit-image and scikit-learn ship. Distr
 same way, so that a pasted edge is no evidence for any category.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import cv2
@@ -100,21 +101,21 @@ def make_scene(seed, objects=None, size=384, distractors=None, split="test", amo
         A `Scene`. Each object is visible by about half at least, and lies by about two thirds inside the picture.
 
     Raises:
-        ValueError: an unknown category or split, or a number out of its range.
+        ValueError: an unknown category or split, no category to draw from, or what is no whole number in its range.
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}.")
-    if not SIZES[0] <= size <= SIZES[1]:
-        raise ValueError(f"size is {SIZES[0]} to {SIZES[1]} pixels, not {size}.")
-    if seed < 0:
-        raise ValueError(f"seed is 0 or more, not {seed}.")
+    if not _is_whole(size) or not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"size is {SIZES[0]} to {SIZES[1]} pixels, not {size!r}.")
+    if not _is_whole(seed) or seed < 0:
+        raise ValueError(f"seed is 0 or more, not {seed!r}.")
     # One stream of random numbers each for layout, appearance and noise: how many the noise takes depends on the size.
     layout, appearance, grain = map(np.random.default_rng, np.random.SeedSequence([SPLITS.index(split), seed]).spawn(3))
-    categories = _draw_categories(layout, objects, list(labels() if among is None else among))
+    categories = _draw_categories(layout, objects, labels() if among is None else among)
     if distractors is None:
         distractors = int(layout.integers(3))
-    if not 0 <= distractors <= 4:
-        raise ValueError(f"distractors is 0 to 4, not {distractors}.")
+    if not _is_whole(distractors) or not 0 <= distractors <= 4:
+        raise ValueError(f"distractors is 0 to 4, not {distractors!r}.")
     pastes = _lay_out(layout, categories, distractors, split)
 
     canvas = backdrop(appearance, size)
@@ -144,6 +145,8 @@ def as_seen(scene, processor):
         A `Scene`. Where the processor pads the picture, it is padded with black here.
     """
     left, top, right, bottom = (round(edge) for edge in seen_box(processor, scene.image.size))
+    left, top = min(left, scene.image.width - 1), min(top, scene.image.height - 1)
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # a picture may be a single pixel
 
     def cropped(masks):
         masks = [np.asarray(Image.fromarray(seen).crop((left, top, right, bottom))) for seen in masks]
@@ -159,7 +162,15 @@ def dataset(n, seed=0, objects=None, size=128, distractors=None, split="train"):
     Args:
         n: the number of scenes. They are those of `make_scene` with the seeds `seed` to `seed + n - 1`.
         objects, size, distractors, split: as in `make_scene`.
+
+    Returns:
+        A `datasets.Dataset`, a row a scene.
+
+    Raises:
+        ValueError: n is no whole number of at least 1, or what `make_scene` raises.
     """
+    if not _is_whole(n) or n < 1:
+        raise ValueError(f"n is 1 or more, not {n!r}.")
     import datasets
 
     features = datasets.Features(
@@ -209,13 +220,20 @@ class _Paste:
         return (*low, *high), cv2.warpAffine(source, matrix, tuple(int(n) for n in high - low), flags=cv2.INTER_LINEAR)
 
 
+def _is_whole(number):
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
 def _draw_categories(rng, objects, among):
-    drawn = objects is None or isinstance(objects, (int, np.integer))
+    drawn = objects is None or _is_whole(objects)
     named = among if drawn else objects
-    if isinstance(named, str) or any(name not in cutouts.OBJECTS for name in named):
+    is_list = isinstance(named, Iterable) and not isinstance(named, str)
+    names = [str(name) for name in named] if is_list else []
+    if not is_list or not set(names) <= set(cutouts.OBJECTS) or (drawn and objects != 0 and not names):
         raise ValueError(f"A list of names out of {', '.join(labels())} is wanted, not {named!r}.")
     if not drawn:
-        return list(objects)
+        return names
+    among = names
     if objects is None:
         objects = min(int(rng.integers(1, 3)), len(among))
     most = min(4, len(among))
