@@ -50,10 +50,11 @@ FINDERS = {
     "segmenter": "nvidia/segformer-b0-finetuned-ade-512-512",
 }
 
-#: Models that were trained to have a fault: nobody published them.
+#: Models that were trained to have a fault, which nobody published.
 FAULTY = {"resnet-shortcut": None}
 
 #: name -> the classes that load it, and the module of `training` that made it. The others are classifiers.
+#: :meta hide-value:
 KINDS = {
     **dict.fromkeys(CLIPS, (AutoModel, AutoProcessor, "clip")),
     "yolos": (AutoModelForObjectDetection, AutoImageProcessor, "detector"),
@@ -76,7 +77,7 @@ COCO_NAMES = {"cat": "cat", "coffee cup": "cup", "motorcycle": "motorcycle"}
 ADE_NAMES = {"flower": "flower", "motorcycle": "minibike"}
 
 HUB_PICTURE = "huggingface/cats-image"
-#: Left, top, right, bottom in pixels of that 640 x 480 picture: detections in the card of facebook/detr-resnet-50.
+#: Left, top, right, bottom in pixels of that 640 x 480 picture, from the card of facebook/detr-resnet-50.
 HUB_BOXES = {
     "Egyptian cat": [(13, 52, 314, 471), (345, 24, 640, 369)],
     "remote control, remote": [(40, 71, 176, 118), (333, 73, 368, 188)],

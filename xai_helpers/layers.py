@@ -116,7 +116,8 @@ class LayerReport:
         return table[table.index.isin(shown)]
 
     def _repr_html_(self):
-        short = self._short_table()
+        short = self._short_table().drop(columns=["layout", "prefix tokens"])
+        short.insert(0, "verdict", short.pop("verdict"))  # what the others lead to, beside the name
         with pd.option_context("display.max_colwidth", None):
             table = short.to_html()
         return f"{table}<p>{len(short)} of {len(self.candidates)} layers with positions; table() has them all.</p>"
@@ -147,7 +148,7 @@ def find_target_layers(model, pixel_values):
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
 
     Returns:
-        A `LayerReport`: its `cam` and `dff` are the chosen ones, each a `TargetLayer`; a notebook shows a table.
+        A `LayerReport`. Its `cam` and `dff` are the chosen ones, each a `TargetLayer`; a notebook shows a table.
 
     Raises:
         ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape or not

@@ -110,9 +110,9 @@ def faithfulness(model, example, heat, seed=0):
         seed: of the order among equal values.
 
     Returns:
-        Two shares of the way from the picture's score down to that of a grey picture. "ROAD" (Rong et al., ICML 2022):
-        half the difference between what is lost without the map's top fifth and without all but it. "deletion" (RISE):
-        what is lost on average while pixels turn grey in the map's order.
+        Two shares of the way from the picture's score down to that of a grey picture. "ROAD" (Rong et al., ICML 2022)
+        is half the difference between what is lost without the map's top fifth and without all but it, "deletion"
+        (RISE) what is lost on average while pixels turn grey in the map's order.
     """
     x, index = input_for(model, example.pixel_values), category_index(model, example.categories[0])
     scorer = LogitsModel(model)

@@ -103,7 +103,8 @@ def widened(pixel_values, image):
         image: the PIL image of what the model sees there.
 
     Returns:
-        Both, stretched alike. Masks of the picture keep to the maps: `show_maps` and `hits` bring them to their size.
+        Both, stretched alike. Masks of the picture can stay as they are, since `show_maps` and `hits` bring them to
+        the size of the maps.
     """
     height, width = pixel_values.shape[2:]
     wide = torch.nn.functional.interpolate(pixel_values, size=(height, width * 3 // 2), mode="bicubic")

@@ -412,6 +412,8 @@ def eager_attention(model):
 def count_passes(model):
     """Counts what an explanation asks of a model: its cost, without a clock.
 
+    For example::
+
         with count_passes(model) as passed:
             explain(model, pixel_values, categories, target_layer)
 

@@ -22,7 +22,7 @@ from xai_helpers.scenes.photos import mask, photo
 SPLITS = ("train", "validation", "test")
 SIZES = (64, 512)
 
-#: Photos left as they are: name -> the categories in them, each with its mask in the photo.
+#: Photos left as they are, name -> the categories in them, each with its mask in the photo.
 PHOTOS = {
     "astronaut": {"astronaut": "astronaut", "rocket": "rocket"},
     "chelsea": {"cat": "cat"},
