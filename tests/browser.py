@@ -72,9 +72,9 @@ def page(browser, address):
             route.abort()
 
     def failed(request):
-        # A picture that is replaced before it has come is given up by the page itself; whether those that stay are
-        # there is seen by their widths.
-        given_up = request.resource_type == "image" and request.failure == "net::ERR_ABORTED"
+        # A picture that is replaced before it has come, or the icon of a page that is left, is given up by the page
+        # itself; whether the pictures that stay are there is seen by their widths.
+        given_up = request.resource_type in ("image", "other") and request.failure == "net::ERR_ABORTED"
         if request.url.startswith(address) and not given_up:
             page.faults.append(f"{request.failure}: {request.url}")
 
@@ -122,7 +122,7 @@ def test_colab_button_opens_the_notebook(page, address, name):
     page.goto(f"{address}/{name}.html")
     repository = CONFIG["repository"]
     path = f"{repository['url'].removeprefix('https://github.com/')}/blob/{repository['branch']}/{name}.ipynb"
-    links = page.eval_on_selector_all("a[href*='colab.']", "found => found.map(a => a.href)")
+    links = page.eval_on_selector_all("a[href*='colab.']:not(article *)", "found => found.map(a => a.href)")
     assert set(links) == {f"https://colab.research.google.com/github/{path}"}
     assert (ROOT / f"{name}.ipynb").is_file()
 
@@ -133,6 +133,8 @@ def test_search_finds_the_chapter_by_its_title(page, address, name):
     title = page.inner_text("article h1").rstrip("#").strip()
     page.goto(f"{address}/search.html?q={quote_plus(title)}")
     page.wait_for_selector(f"#search-results a[href*='{name}.html']")
+    page.wait_for_selector("#search-results p.context")
+    assert ".pdf" not in page.inner_text("#search-results"), "an excerpt is of the text, not of the page's buttons"
     assert page.faults == []
 
 

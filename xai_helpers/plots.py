@@ -101,6 +101,7 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
                 color="black",
                 markersize=11,
                 markeredgewidth=1.8,
+                clip_on=False,  # at an edge half of it would be lost
             )
         ax.set_title(title)
     bar = figure.colorbar(ScalarMappable(cmap=HEAT_OVER_GREY), ax=axes, shrink=0.8, aspect=30, pad=0.02)
