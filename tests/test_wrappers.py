@@ -4,6 +4,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_attention import tiny_vit
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel, ViTConfig, ViTForImageClassification
 
 from xai_helpers.attention import relevance, rollout
@@ -269,22 +270,7 @@ def test_an_input_comes_to_the_models_device_and_precision():
 
 # What holds for every function that looks at a model: each is called on a tiny ViT, and gives numbers.
 
-NAMES, GRID = {0: "cat", 1: "coin", 2: "rocket"}, functools.partial(tokens_to_map, grid=(4, 4))
-
-
-def tiny_vit():
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        initializer_range=0.3,
-        id2label=NAMES,
-    )
-    return ViTForImageClassification(config).eval()
+GRID = functools.partial(tokens_to_map, grid=(4, 4))
 
 
 def inner(model):
