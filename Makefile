@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 PORT ?= 8000
-CHAPTERS = notebooks
 BIN = .venv/bin
 
 # Notebook kernels read the shared plot style. They must choose their own backend: with agg, figures vanish silently.
@@ -27,23 +26,24 @@ help:  ## show this list
 
 # ---- book -----------------------------------------------------------------------------------------------------------
 
-# The cache of executed notebooks knows only their own code, so it is emptied when anything else that they run changes.
-CACHE_FOR = _build/.weights-$(subst /,-,$(or $(XAI_WEIGHTS),bundled))
-
-$(CACHE_FOR): .venv/ready book/matplotlibrc $(shell find xai_helpers -type f ! -name '*.pyc')
-	rm -rf _build
-	mkdir _build
-	@touch $@
+# Chapters are executed by book/execute.py, which keeps their outputs and knows what has changed.
+EXECUTE = $(BIN)/python book/execute.py
 
 # The explorer's maps are made by the bundled models, whatever the chapters use.
 EXPLORER = _build/explorer/fragment.html
 
-$(EXPLORER): $(CACHE_FOR) book/explorer.py book/explorer.html
-	$(BIN)/python book/explorer.py _build/explorer
+$(EXPLORER): .venv/ready book/explorer.py book/explorer.html $(shell find xai_helpers -type f ! -name '*.pyc')
+	OMP_NUM_THREADS=2 $(BIN)/python book/explorer.py _build/explorer
 
-book: .venv/ready $(CACHE_FOR) $(EXPLORER)  ## execute the chapters and build the book in _build/html; warnings are errors
+# One page: make book CHAPTER=notebooks/recipes/swin.ipynb
+book: .venv/ready $(if $(CHAPTER),,$(EXPLORER))  ## execute the chapters and build the book in _build/html; warnings are errors
+	$(EXECUTE) $(CHAPTER)
+ifdef CHAPTER
+	$(BIN)/jupyter-book build $(CHAPTER) --config _config.yml --path-output .
+else
 	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
+endif
 
 serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001)
 	test -f _build/html/index.html || $(MAKE) book
@@ -52,21 +52,15 @@ serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 # Two workers with one thread each are faster on two cores than two workers that fight for both.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 --nbmake --nbmake-timeout=600 --ignore notebooks/student
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# The chapters run as copies, which keep their outputs for the next `make book`. (nbmake passes over _build.)
-RUN = .executed
-
-test: .venv/ready $(CACHE_FOR)  ## lint, run every chapter and every test
+test: .venv/ready  ## lint, run every chapter and every test
 	$(BIN)/ruff check .
-	rm -rf $(RUN)
-	cp -R notebooks $(RUN)
-	rm -rf $(RUN)/student
-	$(PYTEST) --overwrite $(RUN) tests
-	$(BIN)/python book/outputs.py $(RUN)
+	$(EXECUTE)
+	$(PYTEST) --dist worksteal --durations 20
 
-chapters: .venv/ready  ## run the chapters only (one of them: CHAPTERS=notebooks/recipes/vit.ipynb)
-	$(PYTEST) $(CHAPTERS)
+chapters: .venv/ready  ## run the chapters only (one of them: CHAPTER=notebooks/recipes/vit.ipynb)
+	$(EXECUTE) $(CHAPTER)
 
 pages: .venv/ready  ## look at every page of the built book in a browser (needs chromium or chrome)
 	$(BIN)/python -m pytest -n 2 tests/browser.py
@@ -87,7 +81,7 @@ fork: .venv/ready  ## write another repository address everywhere: REPOSITORY=ht
 	$(BIN)/python book/fork.py "$(REPOSITORY)"
 
 clean:  ## remove everything that was built, but not the environment in .venv
-	rm -rf _build build $(RUN) *.egg-info .pytest_cache .ruff_cache
+	rm -rf _build build *.egg-info .pytest_cache .ruff_cache
 
 # ---- course ---------------------------------------------------------------------------------------------------------
 
@@ -100,7 +94,7 @@ course: .venv/ready  ## set up a course with nbgrader in a folder of your own: C
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 
-PIP = $(BIN)/uv pip install --quiet --python $(BIN)/python
+PIP = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .venv/ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, for example: make book PYTHON=python3.12")'

@@ -10,8 +10,9 @@ ADDRESS = re.compile(r"https://github\.com/([\w-]+/[\w.-]+)")
 
 
 def files_with_address(root: Path) -> list[Path]:
-    """The files that name the repository: settings, README, the page for lecturers and every notebook."""
-    names = ("pyproject.toml", "_config.yml", "CITATION.cff", "README.md", "book/index.md", "book/lecturers.md")
+    """The files that name the repository: settings, README, three pages and every notebook."""
+    names = ["pyproject.toml", "_config.yml", "CITATION.cff", "README.md"]
+    names += ["book/index.md", "book/install.md", "book/lecturers.md"]
     return [root / name for name in names] + sorted((root / "notebooks").rglob("*.ipynb"))
 
 

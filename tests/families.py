@@ -107,7 +107,7 @@ def image(size, batch=1, seed=0):
 
 def build(family):
     """The model of a family, always the same: float32, eval mode, calibrated so that the image reaches the scores."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         model = family.make().float().eval()
         _calibrate(model, image(family.size, batch=8, seed=1))

@@ -279,6 +279,17 @@ def test_windowed_attention_names_explain():
     assert state(model) == before
 
 
+class EarlyScores(nn.Module):
+    """Scores that are read after the first block; the last one runs for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = tiny_vit()
+
+    def forward(self, x):
+        return self.vit.classifier(self.vit(x, output_hidden_states=True).hidden_states[1][:, 0])
+
+
 def test_other_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="the closest are: 'coin'"):
         relevance(tiny_vit(), picture(), "coins")
@@ -286,6 +297,8 @@ def test_other_errors_say_what_is_wrong():
         relevance(tiny_vit(), picture().repeat(2, 1, 1, 1), "coin")
     with pytest.raises(ValueError, match="does not depend on the attention of the last block"):
         relevance(tiny_vit(), picture(), lambda scores: 0 * scores.sum())
+    with pytest.raises(ValueError, match="does not depend on the attention of the last block"):
+        relevance(EarlyScores(), picture(), 0)
     with pytest.raises(ValueError, match="makes a tensor of one number"):
         relevance(tiny_vit(), picture(), lambda scores: scores)
     with pytest.raises(ValueError, match="Flatten returns no attention weights"):  # nor has it parameters

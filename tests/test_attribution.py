@@ -1,7 +1,11 @@
+import copy
+import functools
+
 import numpy as np
 import pytest
 import torch
 from captum.attr import DeepLift, IntegratedGradients, NoiseTunnel, Saliency
+from rehearsal import accelerator
 
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.checkpoints import examples, load
@@ -140,6 +144,12 @@ def test_random_masks_find_the_quarter_that_matters():
     assert np.abs(maps - rise(Corners(), ONES, [0, 1], n_masks=500, seed=1)).max() > 0.05
 
 
+@pytest.mark.parametrize("size", [(8, 80), (80, 8)])
+def test_random_masks_fit_a_picture_that_is_not_square(size):
+    heat = rise(Corners(), torch.ones(1, 3, *size), 0, n_masks=500)[0]
+    assert heat.shape == size and heat[:8, :8].max() == 1 and heat[:24, :24].sum() > 0.6 * heat.sum()
+
+
 def test_a_constant_added_to_the_scores_changes_no_random_mask_map():
     class Raised(Corners):
         def forward(self, pixel_values):
@@ -189,3 +199,19 @@ def test_bad_input_is_named(resnet, method):
         method(model, example.pixel_values, "dog")
     with pytest.raises(ValueError, match="one image at a time"):
         method(model, example.pixel_values.repeat(2, 1, 1, 1), "cat")
+
+
+def test_a_model_on_another_device_gets_the_same_maps(resnet):
+    model, (example, *_) = resnet
+    black = -torch.ones_like(example.pixel_values)
+    calls = [
+        functools.partial(attribute, method=IntegratedGradients, baselines=(black.double(),), n_steps=4),
+        functools.partial(occlude, window=64),
+        functools.partial(rise, n_masks=20),
+    ]
+    wanted = [call(model, example.pixel_values, example.categories) for call in calls]
+    with accelerator() as device:
+        there = copy.deepcopy(model).to(device)
+        for pixel_values in (example.pixel_values, example.pixel_values.to(device)):
+            maps = [call(there, pixel_values, example.categories) for call in calls]
+            np.testing.assert_allclose(maps, wanted, atol=1e-3)

@@ -1,7 +1,7 @@
 """The book's own rules: what every chapter looks like, and that settings, chapters and address are in step."""
 
 import ast
-import copy
+import importlib
 import json
 import re
 import shutil
@@ -134,6 +134,7 @@ def test_fork_rewrites_the_address_everywhere(tmp_path):
         "README.md",
         "book/fork.py",
         "book/index.md",
+        "book/install.md",
         "book/lecturers.md",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -172,30 +173,47 @@ def test_requirements_hold_every_direct_requirement():
         assert all(requirement.specifier.contains(pin) for pin in pins[requirement.name]), requirement
 
 
-def test_the_book_takes_the_outputs_of_executed_copies(tmp_path):
-    written = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
-    written.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    executed = copy.deepcopy(written)
-    (cell,) = executed.cells
-    cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="42\n")], 1
-    start, end = "2026-01-01T10:00:00.500000Z", "2026-01-01T10:00:03.000000Z"
-    cell.metadata["execution"] = {"iopub.execute_input": start, "shell.execute_reply": end}
-    (tmp_path / "chapters/start").mkdir(parents=True)
-    nbformat.write(executed, tmp_path / "chapters/start/page.ipynb")
+@pytest.fixture
+def execution(monkeypatch):
+    """book/execute.py, for chapters of one's own."""
+    monkeypatch.syspath_prepend(ROOT / "book")
+    return importlib.import_module("execute")
 
-    def hand_over():
-        command = [sys.executable, ROOT / "book/outputs.py", tmp_path / "chapters", tmp_path / "cache"]
-        return subprocess.run(command, capture_output=True, text=True)
 
-    assert hand_over().returncode == 0
-    cache = get_cache(tmp_path / "cache")
-    _, page = cache.merge_match_into_notebook(written)
-    assert page.cells[0].outputs[0]["text"] == "42\n"
-    assert cache.match_cache_notebook(written).data == {"execution_seconds": 2.5}
+def a_chapter(folder, *code, prose="Six times seven"):
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(prose), *map(nbformat.v4.new_code_cell, code)])
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(page, folder / "page.ipynb")
+    return folder / "page.ipynb"
 
-    written.cells[0].source += "  # changed"
-    with pytest.raises(KeyError):
-        cache.match_cache_notebook(written)
-    cell.source, cell.execution_count = "stopped()", None
-    nbformat.write(executed, tmp_path / "chapters/start/page.ipynb")
-    assert hand_over().returncode == 1
+
+def test_a_chapter_is_executed_again_only_if_what_it_runs_has_changed(execution, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
+    chapter = a_chapter(tmp_path / "notebooks", "x = 6", "print(x * 7)")
+    store = execution.Store(tmp_path / "kept", {"the package": "a"})
+    assert execution.run([chapter], store) == []
+    assert re.search(r"^1/1 page \d+ s$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert store.record(chapter)["seconds"] > 0
+
+    a_chapter(tmp_path / "notebooks", "x = 6", "print(x * 7)", prose="Other words")
+    assert store.changed(chapter) == []
+    shown = store.shown(chapter)
+    assert shown.cells[0].source == "Other words" and shown.cells[2].outputs[0]["text"] == "42\n"
+    execution.hand_over([chapter], store, tmp_path / "cache")
+    _, page = get_cache(tmp_path / "cache").merge_match_into_notebook(nbformat.read(chapter, as_version=4))
+    assert page.cells[2].outputs[0]["text"] == "42\n"
+
+    assert execution.Store(tmp_path / "kept", {"the package": "b"}).changed(chapter) == ["the package"]
+    a_chapter(tmp_path / "notebooks", "x = 7", "print(x * 7)")
+    assert store.changed(chapter) == ["its code"]
+
+
+def test_a_failing_cell_is_named_and_its_chapter_not_kept(execution, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(execution, "NOTEBOOKS", tmp_path / "notebooks")
+    chapter = a_chapter(tmp_path / "notebooks", "x = 6", "x / 0")
+    store = execution.Store(tmp_path / "kept", {})
+    assert execution.run([chapter], store) == ["page"]
+    said = capsys.readouterr().out
+    assert "page, cell 2:" in said and "ZeroDivisionError" in said
+    assert store.record(chapter) == {}

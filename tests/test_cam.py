@@ -20,6 +20,7 @@ from pytorch_grad_cam import (
 from pytorch_grad_cam.ablation_layer import AblationLayerVit
 from pytorch_grad_cam.utils.image import scale_accross_batch_and_channels
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from rehearsal import accelerator
 from torch import nn
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
@@ -704,3 +705,13 @@ def test_other_errors_say_what_is_wrong():
     nothing_to_learn = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="Sequential has no parameters.*such as attribute or occlude"):
         explain(nothing_to_learn, picture(), 0, nothing_to_learn[0])
+
+
+@pytest.mark.parametrize("method", [None, ScoreCAM, AblationCAM, ShapleyCAM])
+def test_a_model_on_another_device_gets_the_same_maps(method):
+    model, layers, reshape_transform = tiny("cnn")
+    wanted = explain(model, picture(), [0, 1], layers, reshape_transform, method)
+    with accelerator() as device:
+        for pixel_values in (picture(), picture().to(device)):
+            maps = explain(model.to(device), pixel_values, [0, 1], layers, reshape_transform, method)
+            np.testing.assert_allclose(maps, wanted, atol=1e-3)

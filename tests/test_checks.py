@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rehearsal import accelerator
 
-from xai_helpers.checks import Wrong, alike, as_array, correlation, is_heat_map, points_at, same
+from xai_helpers.checks import Wrong, alike, as_array, correlation, is_heat_map, is_noise, points_at, same
 
 WANTED = np.array([[1.0, -2.0], [3.0, 4.0]])
 
@@ -52,14 +53,14 @@ def test_two_runs_of_a_random_method_are_alike():
     other = rng.normal(size=(8, 9))
     noisy = 5 * wanted + rng.normal(size=(8, 9))  # on another scale; its correlation is 5 / sqrt(26), or .98
     assert alike(noisy, wanted, "The map", {"belongs to another category": other}).shape == (8, 9)
-    for answer, message in {
+    for message, answer in {
         "belongs to another category": other,
         "has the opposite sign": -noisy,
         "has lost its sign": np.abs(wanted),
         "is not right: its correlation with one that is right is": rng.normal(size=(8, 9)),
     }.items():
-        with pytest.raises(Wrong, match=answer):
-            alike(message, wanted, "The map", {"belongs to another category": other})
+        with pytest.raises(Wrong, match=message):
+            alike(answer, wanted, "The map", {"belongs to another category": other})
 
 
 def test_an_answer_with_both_signs_has_not_lost_them():
@@ -117,3 +118,16 @@ def test_every_check_stands_in_a_chapter_and_is_tested(name):
     for check in found:
         assert f"checks.{check}(" in chapters, check
         assert f"checks.{check}(" in tests, check
+
+
+def test_answers_may_be_on_any_device():
+    noise = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with accelerator() as device:
+        there = torch.tensor(WANTED, dtype=torch.float32).to(device)
+        same(there, WANTED, "The map")
+        same(list(there.requires_grad_()), WANTED, "The map")  # a list of tensors with a gradient
+        assert correlation(there, -there) == pytest.approx(-1)
+        points_at(there.abs(), there > 3, "The map")
+        is_noise(noise.to(device), 1)
+        with pytest.raises(Wrong, match="is not the variance"):
+            is_noise(noise.to(device) * 0.5, 0.25)

@@ -4,10 +4,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from rehearsal import accelerator
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from xai_helpers.concepts import factorize, named_right
+from xai_helpers.concepts import Concepts, factorize, named_right
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scoring import Example
 
@@ -66,6 +67,11 @@ def test_named_right_compares_the_name_of_the_ruling_concept():
     assert share(["red", "green"]) == 1
     assert share(["red", "green"], swapped=True) == 0
     assert share(["red", "red"]) == 0.5
+
+
+def test_a_label_is_the_best_category_without_its_synonyms():
+    concepts = Concepts(None, None, np.array([[0.5, 1.5], [2, -1]]))
+    assert concepts.labels({0: "remote control, remote", 1: "cat"}) == ["cat (1.5)", "remote control (2.0)"]
 
 
 def tiny_resnet():
@@ -185,3 +191,13 @@ def test_pictures_of_another_kind_say_what_to_do():
     model, layer, head, _ = tiny_resnet()
     with pytest.raises(ValueError, match="unsqueeze"):
         factorize(model, picture()[0], layer, head)
+
+
+def test_a_model_on_another_device_has_the_same_concepts():
+    model, layer, head, reshape_transform = tiny_vit()
+    wanted = factorize(model, picture(), layer, head, reshape_transform)
+    with accelerator() as device:
+        for pixel_values in (picture(), picture().to(device)):
+            concepts = factorize(model.to(device), pixel_values, layer, head, reshape_transform)
+            for found, here in zip(vars(concepts).values(), vars(wanted).values(), strict=True):
+                np.testing.assert_allclose(found, here, atol=1e-3)

@@ -53,7 +53,7 @@ def test_the_page_for_lecturers_has_the_marks(course):
         (row,) = [line.split("|") for line in page.splitlines() if line.startswith(f"| {{doc}}`/notebooks/labs/{lab}`")]
         assert int(row[3]) == points, lab
     for path in (ROOT / "notebooks" / "student").rglob("*.ipynb"):
-        assert f"/blob/main/{path.relative_to(ROOT).as_posix()})" in page, path
+        assert f"/blob/colab/{path.relative_to(ROOT).as_posix()})" in page, path
 
 
 def test_a_course_does_not_overwrite_anything(course, tmp_path):

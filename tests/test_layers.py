@@ -3,6 +3,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from rehearsal import accelerator
 from torch import nn
 
 from xai_helpers.cam import explain
@@ -659,3 +660,15 @@ def test_a_long_report_keeps_what_was_chosen():
     html = LayerReport(candidates, layers[20], layers[45])._repr_html_()
     assert html.count("<tr") - 1 == 12
     assert "layers.20<" in html and "layers.45<" in html
+
+
+def test_a_model_on_another_device_has_the_same_layers():
+    model, _ = load("vit", weights="bundled", device="cpu")
+    last = {"last": (model.vit.layers[-2], functools.partial(tokens_to_map, grid=(8, 8)))}
+    wanted = find_target_layers(model, picture(128, 128))
+    table = layer_table(model, picture(128, 128), 0, last)
+    with accelerator() as device:
+        model.to(device)
+        for pixel_values in (picture(128, 128), picture(128, 128).to(device)):
+            assert find_target_layers(model, pixel_values).table().equals(wanted.table())
+            assert layer_table(model, pixel_values, 0, last).equals(table)

@@ -63,7 +63,7 @@ def test_there_are_twenty_tasks_and_more():
 def test_a_chapter_with_tasks_links_to_its_copy_in_colab(path):
     prose = "\n".join(text(cell) for cell in cells(of_source(path)) if cell["cell_type"] == "markdown")
     found = re.findall(
-        r"\[the edition without them\]\(https://colab\.research\.google\.com/github/\S+/blob/main/(\S+)\)", prose
+        r"\[the edition without them\]\(https://colab\.research\.google\.com/github/\S+/blob/colab/(\S+)\)", prose
     )
     assert found == [path.relative_to(ROOT).as_posix()]
 

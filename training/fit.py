@@ -39,7 +39,7 @@ def fit(model, state_file, batches, loss_of, check, *, epochs, steps, rate, deca
     first, seconds = 0, 0.0
     state_file.parent.mkdir(parents=True, exist_ok=True)
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
         for key, part in parts.items():
             part.load_state_dict(state[key])
         first, seconds = state["epoch"], state["seconds"]

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from training.captions import facts_of
-from training.report import SIDE, normalised
+from training.report import DEVICE, SIDE, normalised
 from xai_helpers.scenes import labels, make_scene
 
 RUNS = Path(__file__).parent / "runs"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_OBJECTS = 3
 
 

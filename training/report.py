@@ -1,5 +1,6 @@
 """What a bundled classifier scores, and the model card that says so."""
 
+import os
 import platform
 
 import numpy as np
@@ -8,6 +9,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from xai_helpers.scenes import PHOTOS, labels, make_scene, natural
 
+DEVICE = torch.device(
+    os.environ.get("XAI_DEVICE") or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+)
 SIDE, MEAN, STD = 128, 0.5, 0.5
 FALSE_ALARMS = 0.02  # share of object-free validation scenes in which the chosen threshold finds an object
 
@@ -20,7 +24,9 @@ nothing else."""
 def made_by(module, name, seconds):
     """Which command made a checkpoint, in what time and on what machine."""
     cores = torch.get_num_threads()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} CPU core{'s' * (cores > 1)}"
+    machine = f"{cores} CPU core{'s' * (cores > 1)}" if DEVICE.type == "cpu" else f"an accelerator ({DEVICE.type})"
+    if DEVICE.type == "cuda":
+        machine = torch.cuda.get_device_name()
     return f"""Made by `python -m training.{module} {name}` in {seconds / 60:.0f} minutes on {machine}
 ({platform.machine()}), shared with other work; the making of the scenes is not counted."""
 
@@ -73,7 +79,7 @@ def natural_photos(model, processor):
         left, top = (image.width - side) // 2, (image.height - side) // 2
         for how, picture in (("squashed", image), ("cropped", image.crop((left, top, left + side, top + side)))):
             with torch.no_grad():
-                first = model(**processor(picture, return_tensors="pt")).logits[0].argmax()
+                first = model(**processor(picture, return_tensors="pt").to(model.device)).logits[0].argmax().item()
             rows.append((name, how, labels()[first], labels()[first] in answers))
     return rows
 

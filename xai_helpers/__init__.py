@@ -2,3 +2,7 @@
 
 Import from the modules: `from xai_helpers.cam import explain`.
 """
+
+from importlib.metadata import version
+
+__version__ = version("xai-helpers")

@@ -1,13 +1,17 @@
 """Maps of models that attend, read from the attention weights of all their blocks."""
 
+import contextlib
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
-from pytorch_grad_cam.utils.image import scale_cam_image
 
 from xai_helpers.wrappers import LogitsModel, category_targets, eager_attention, frozen, input_for
 
 
-def relevance(model, pixel_values, categories):
+def relevance(
+    model: torch.nn.Module, pixel_values: torch.Tensor, categories: str | int | Callable | Sequence
+) -> np.ndarray:
     """Shows what in an image speaks for each category, from the attentions and their gradients.
 
     Gradient-weighted attention relevance (Chefer, Gur, Wolf: Generic Attention-model Explainability, ICCV 2021, the
@@ -30,6 +34,13 @@ def relevance(model, pixel_values, categories):
         ValueError: no attention between all patches can be read (a CNN, windowed or pooled attention); an unknown
             category; a callable that returns no single number; a category that no attention has an effect on;
             pixel_values of another shape or not finite; a model in half precision.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("vit", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> relevance(model, example.pixel_values, example.categories).shape  # a scene with two objects
+        (2, 128, 128)
     """
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
@@ -46,7 +57,7 @@ def relevance(model, pixel_values, categories):
     return _at_image_size(maps, pixel_values)
 
 
-def rollout(model, pixel_values):
+def rollout(model: torch.nn.Module, pixel_values: torch.Tensor) -> np.ndarray:
     """Shows where a model looks, whatever the category (attention rollout: Abnar and Zuidema, ACL 2020).
 
     The product over the blocks of the attentions, averaged over heads and mixed half and half with the identity for
@@ -54,6 +65,13 @@ def rollout(model, pixel_values):
 
     Returns:
         A float32 array (1, height, width) in [0, 1].
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("vit", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> rollout(model, example.pixel_values).shape
+        (1, 128, 128)
     """
     pixel_values = input_for(model, pixel_values)
     scorer = LogitsModel(model)
@@ -84,12 +102,10 @@ def _attend(scorer, pixel_values):
             if not any(output[1] is known for known in attentions):
                 attentions.append(output[1])
 
-    handles = [module.register_forward_hook(watch) for module in scorer.modules()]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in scorer.modules():
+            stack.enter_context(module.register_forward_hook(watch))
         scores = scorer(pixel_values.clone().requires_grad_())
-    finally:
-        for handle in handles:
-            handle.remove()
 
     name = type(scorer.model).__name__
     advice = "use explain, which needs a target layer in the place of attentions"
@@ -124,5 +140,7 @@ def _read(R, last_gradient, patches):
 
 
 def _at_image_size(maps, pixel_values):
+    from pytorch_grad_cam.utils.image import scale_cam_image  # late, as in `explain`
+
     height, width = pixel_values.shape[2:]
     return scale_cam_image(scale_cam_image(np.stack(maps), (width, height)))  # normalised again once resized

@@ -2,11 +2,12 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from captum.attr import Occlusion, Saliency
 
 from xai_helpers.wrappers import LogitsModel, category_targets, check_count, frozen, input_for
 
@@ -40,7 +41,13 @@ def _captum_tidied(model):
                 delattr(module, name)
 
 
-def attribute(model, pixel_values, categories, method=Saliency, **options):
+def attribute(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    categories: str | int | Callable | Sequence,
+    method: Callable | None = None,
+    **options: Any,
+) -> np.ndarray:
     """How much each pixel speaks for or against each category, by one of Captum's methods.
 
     Args:
@@ -48,8 +55,9 @@ def attribute(model, pixel_values, categories, method=Saliency, **options):
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         categories: as in `cam.explain`.
         method: a class of Captum such as Saliency or IntegratedGradients, or a function of a scorer that makes one,
-            such as `lambda net: NoiseTunnel(Saliency(net))`.
-        options: for its `attribute`, such as `n_steps` or `nt_samples`.
+            such as `lambda net: NoiseTunnel(Saliency(net))`; None: Saliency.
+        options: for its `attribute`, such as `n_steps` or `nt_samples`. Tensors, such as `baselines`, may be on any
+            device.
 
     Returns:
         A float32 array (n_categories, height, width) in [0, 1]: the absolute attributions, summed over the channels and
@@ -58,13 +66,25 @@ def attribute(model, pixel_values, categories, method=Saliency, **options):
     Raises:
         ValueError: an unknown category, or a callable that returns no single number; pixel_values of another shape or
             not finite; a model in half precision.
+
+    Example:
+        >>> from captum.attr import IntegratedGradients
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> maps = attribute(model, example.pixel_values, example.categories, IntegratedGradients, n_steps=8)
+        >>> maps.shape  # a scene with two objects
+        (2, 128, 128)
     """
+    from captum.attr import Saliency  # late: most explanations need no Captum
+
     pixel_values = input_for(model, pixel_values)
+    options = {name: _like(option, pixel_values) for name, option in options.items()}
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), _captum_tidied(scorer), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Setting .*backward hooks")  # Captum removes them
         warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
-        engine = method(scorer)
+        engine = (method or Saliency)(scorer)
         found = [
             engine.attribute(pixel_values.clone().requires_grad_(), target=i, **options).detach()
             for i in range(len(scorer.targets))
@@ -72,7 +92,23 @@ def attribute(model, pixel_values, categories, method=Saliency, **options):
     return _scaled(torch.cat(found).abs().sum(dim=1).cpu().numpy())
 
 
-def occlude(model, pixel_values, categories, window=None, step=None, batch=25):
+def _like(option, pixel_values):
+    """An option of Captum's: a tensor, or a tuple with some, goes where the picture is; anything else stays."""
+    if isinstance(option, tuple):
+        return tuple(_like(part, pixel_values) for part in option)
+    if not isinstance(option, torch.Tensor):
+        return option
+    return option.to(pixel_values if option.is_floating_point() else pixel_values.device)
+
+
+def occlude(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    categories: str | int | Callable | Sequence,
+    window: int | None = None,
+    step: int | None = None,
+    batch: int = 25,
+) -> np.ndarray:
     """How much of each score is lost where a window is greyed out (Zeiler, Fergus, ECCV 2014); Captum slides it.
 
     Args:
@@ -86,7 +122,16 @@ def occlude(model, pixel_values, categories, window=None, step=None, batch=25):
 
     Raises:
         ValueError: as in `attribute`; a window that does not fit into the picture, or a step beyond it.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> occlude(model, example.pixel_values, example.categories, window=64).shape
+        (2, 128, 128)
     """
+    from captum.attr import Occlusion
+
     pixel_values = input_for(model, pixel_values)
     shorter, longer = sorted(pixel_values.shape[2:])
     window = max(1, min(longer // 4, shorter)) if window is None else window
@@ -104,7 +149,15 @@ def occlude(model, pixel_values, categories, window=None, step=None, batch=25):
     return _scaled(drops[:, 0].clamp(min=0).cpu().numpy())
 
 
-def rise(model, pixel_values, categories, n_masks=200, cells=7, batch=50, seed=0):
+def rise(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    categories: str | int | Callable | Sequence,
+    n_masks: int = 200,
+    cells: int = 7,
+    batch: int = 50,
+    seed: int = 0,
+) -> np.ndarray:
     """Which pixels were visible when the score was high: RISE (Petsiuk, Das, Saenko, BMVC 2018).
 
     The picture is multiplied with random masks, coarse grids of zeros and ones, enlarged smoothly and shifted. The map
@@ -123,10 +176,17 @@ def rise(model, pixel_values, categories, n_masks=200, cells=7, batch=50, seed=0
 
     Raises:
         ValueError: as in `attribute`; fewer than 2 masks.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> rise(model, example.pixel_values, example.categories, n_masks=20).shape
+        (2, 128, 128)
     """
     pixel_values = input_for(model, pixel_values)
     check_count("n_masks", n_masks, least=2)
-    masks = torch.from_numpy(_random_masks(n_masks, cells, *pixel_values.shape[2:], seed)).to(pixel_values)
+    masks = torch.from_numpy(_random_masks(n_masks, cells, pixel_values.shape[2:], seed)).to(pixel_values)
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), torch.no_grad():
         scores = torch.cat([scorer(pixel_values * some[:, None]) for some in masks.split(batch)])
@@ -134,8 +194,8 @@ def rise(model, pixel_values, categories, n_masks=200, cells=7, batch=50, seed=0
     return _scaled(maps.clamp(min=0).cpu().numpy())
 
 
-def _random_masks(n, cells, height, width, seed):
-    rng = np.random.default_rng(seed)
+def _random_masks(n, cells, size, seed):
+    rng, (height, width) = np.random.default_rng(seed), size
     tall, wide = -(-height // cells), -(-width // cells)
     grids = (rng.random((n, cells + 1, cells + 1)) < 0.5).astype(np.float32)
     large = [cv2.resize(grid, (wide * (cells + 1), tall * (cells + 1))) for grid in grids]

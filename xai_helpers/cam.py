@@ -6,12 +6,11 @@ import os
 import time
 import types
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
-from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
-from pytorch_grad_cam.base_cam import BaseCAM
 from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE, layer_to_map
@@ -28,7 +27,15 @@ CALL_OPTIONS = ("aug_smooth", "eigen_smooth")
 BAR_AFTER = 1  # seconds
 
 
-def explain(model, pixel_values, categories, target_layer, reshape_transform=None, method=GradCAM, **options):
+def explain(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    categories: str | int | Callable | Sequence,
+    target_layer: torch.nn.Module | list[torch.nn.Module],
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    method: type | None = None,
+    **options: Any,
+) -> np.ndarray:
     """Shows what in an image speaks for each category, by default with Grad-CAM (Selvaraju et al., ICCV 2017).
 
     The image runs through the model once. At the target layer its activations are repeated, one row a category, so
@@ -44,7 +51,7 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
         target_layer: the module whose output is explained, or a list of modules whose maps are averaged. FullGrad
             reads all layers with a bias, whichever is given.
         reshape_transform: turns that output into (batch, channels, height, width); None if it has that shape.
-        method: a class of grad-cam derived from its BaseCAM.
+        method: a class of grad-cam derived from its BaseCAM; None: GradCAM.
         options: `aug_smooth` and `eigen_smooth` as in grad-cam's call, others for the method's constructor.
 
     Returns:
@@ -57,7 +64,20 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
             gradient; a reshape transform that does not fit; FullGrad for a model with biases that it does not read;
             ShapleyCAM with a reshape transform; a model in half precision or without parameters.
         TypeError: an option that the method does not have.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> maps = explain(model, example.pixel_values, example.categories, model.resnet.encoder.stages[-1])
+        >>> maps.shape  # a scene with two objects
+        (2, 128, 128)
     """
+    # grad-cam brings scikit-learn along, which takes a while to import: late, here and below.
+    from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
+    from pytorch_grad_cam.base_cam import BaseCAM
+
+    method = GradCAM if method is None else method
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
     layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
@@ -75,7 +95,7 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
             "(for FinerCAM, give its FinerWeightedTarget as a category)"
         )
     if issubclass(method, AblationCAM):
-        options.setdefault("ablation_layer", AblationLayer() if reshape_transform is None else _TokenAblation())
+        options.setdefault("ablation_layer", _ablation_layer(reshape_transform))
     call_options = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
     try:
         inspect.signature(method).bind(fork, layers, reshape_transform, **options)
@@ -87,21 +107,30 @@ def explain(model, pixel_values, categories, target_layer, reshape_transform=Non
             "grad-cam's ShapleyCAM takes no reshape transform: it needs a layer whose output is (batch, channels, "
             "height, width). GradCAM, HiResCAM and LayerCAM take one"
         )
-    with frozen(fork), fork.hooks():
+    with frozen(fork), fork.hooks(), contextlib.ExitStack() as stack:
         full_grad = issubclass(method, FullGrad)
         cam = method(fork, *([], None) if full_grad else (layers, reshape_transform), **options)
-        copies = [layer.register_forward_hook(_copy) for layer in layers]
-        try:
-            if full_grad:
-                _pair_biases(cam, fork, pixel_values)
-            run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
-            with contextlib.nullcontext() if cam.detach else eager_attention(fork):  # ShapleyCAM differentiates twice
-                maps = run(cam, fork, pixel_values, targets, call_options)
-        finally:  # grad-cam's own `with` block would swallow an IndexError
-            cam.activations_and_grads.release()
-            for handle in copies:
-                handle.remove()
-    return np.float32(maps)
+        stack.callback(cam.activations_and_grads.release)  # grad-cam's own `with` block would swallow an IndexError
+        for layer in layers:
+            stack.enter_context(layer.register_forward_hook(_copy))
+        if full_grad:
+            _pair_biases(cam, fork, pixel_values)
+        run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
+        if not cam.detach:
+            stack.enter_context(eager_attention(fork))  # ShapleyCAM differentiates twice
+        maps = run(cam, fork, pixel_values, targets, call_options)
+    return np.asarray(maps, np.float32)
+
+
+def _ablation_layer(reshape_transform):
+    """What grad-cam's AblationCAM puts in the place of the target layer: one for maps, or one for tokens."""
+    from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
+
+    class TokenAblation(AblationLayerVit):
+        def __call__(self, tokens, *args, **kwargs):  # some layers are called with more than the tokens
+            return super().__call__(tokens)
+
+    return AblationLayer() if reshape_transform is None else TokenAblation()
 
 
 def _copy(layer, inputs, output):
@@ -124,12 +153,10 @@ class _Fork(LogitsModel):
 
     @contextlib.contextmanager
     def hooks(self):
-        handles = [layer.register_forward_hook(self.at_target_layer) for layer in self.paths]
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer in self.paths:
+                stack.enter_context(layer.register_forward_hook(self.at_target_layer))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def at_target_layer(self, layer, inputs, output):
         layer_to_map(output, self.reshape_transform, self.paths[layer])
@@ -239,18 +266,12 @@ def _pair_biases(cam, fork, image):
         elif getattr(output, "ndim", 3) > 2:  # what is no tensor is taken for positions
             left_out.append(type(layer).__name__)
 
-    handles = [
-        layer.register_forward_hook(note)
-        for layer in fork.modules()
-        if isinstance(getattr(layer, "bias", None), torch.Tensor)
-    ]
     fork.start(copies=1, rows=None)
-    try:
-        with torch.no_grad():
-            fork(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer in fork.modules():
+            if isinstance(getattr(layer, "bias", None), torch.Tensor):
+                stack.enter_context(layer.register_forward_hook(note))
+        fork(image)
     if left_out or not ran:
         found = ", ".join(dict.fromkeys(left_out)) or "no layer with positions"
         raise ValueError(
@@ -333,10 +354,3 @@ class _OneBar:
     def close(self):
         if self.bar is not None:
             self.bar.close()
-
-
-class _TokenAblation(AblationLayerVit):
-    """grad-cam's ablation of tokens, in the place of modules that are called with more than the tokens."""
-
-    def __call__(self, tokens, *args, **kwargs):
-        return super().__call__(tokens)

@@ -96,7 +96,7 @@ def load(name, weights=None, device=None):
         name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`, `FINDERS` or `FAULTY`.
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
-        device: where the model goes, as in `torch.device`. None leaves it on the CPU.
+        device: where the model goes, as in `torch.device`. None: the environment's XAI_DEVICE, else the CPU.
 
     Returns:
         (model, processor): a transformers model for image classification in float32, and its image processor; for one
@@ -149,7 +149,7 @@ def load(name, weights=None, device=None):
                 )
     except OSError as error:
         raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
-    return model.to(device).eval() if device else model.eval(), processor
+    return model.to(device or os.environ.get("XAI_DEVICE") or "cpu").eval(), processor
 
 
 def example_scene(weights=None):
@@ -199,7 +199,7 @@ def examples(model, processor, n, split="test", objects=2, size=256):
     Args:
         model, processor: as `load` gives them. Only objects that the model has a category for are drawn.
         n: how many. They are the scenes of `make_scene` with the seeds 0, 1, 2 and so on; one is left out if the
-            processor crops an object away.
+            processor crops an object away. The environment's XAI_EXAMPLES caps the number, for a quick try.
         split: "test" to score; "validation" to choose, a layer for example.
         objects: how many objects a scene has.
         size: at which resolution the scenes are made, in pixels.
@@ -215,6 +215,10 @@ def examples(model, processor, n, split="test", objects=2, size=256):
         raise ValueError(
             f"The model knows {len(names)} of the categories {', '.join(labels())}: too few for {objects} objects."
         )
+    if cap := os.environ.get("XAI_EXAMPLES"):
+        if not cap.isdecimal() or int(cap) < 1:
+            raise ValueError(f"XAI_EXAMPLES is a whole number of at least 1, not {cap!r}.")
+        n = min(n, int(cap))
     made = []
     for seed in itertools.count():
         if len(made) == n:

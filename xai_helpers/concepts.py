@@ -2,15 +2,14 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from pytorch_grad_cam.feature_factorization.deep_feature_factorization import dff
-from pytorch_grad_cam.utils.image import scale_cam_image
-from sklearn.exceptions import ConvergenceWarning
 
 from xai_helpers.reshape import ADVICE, layer_to_map
-from xai_helpers.scoring import strongest_inside
+from xai_helpers.scoring import Example, strongest_inside
 from xai_helpers.wrappers import LogitsModel, check_count, frozen, input_for, layer_path
 
 
@@ -28,13 +27,20 @@ class Concepts:
     vectors: np.ndarray
     scores: np.ndarray
 
-    def labels(self, id2label):
+    def labels(self, id2label: Mapping[int, str]) -> list[str]:
         """What the head calls each concept: the best category, without its synonyms, and its score."""
         best = self.scores.argmax(axis=1)
         return [f"{id2label[int(i)].split(',')[0]} ({row[i]:.1f})" for i, row in zip(best, self.scores, strict=True)]
 
 
-def factorize(model, pixel_values, target_layer, concept_head, reshape_transform=None, n_concepts=4):
+def factorize(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    target_layer: torch.nn.Module,
+    concept_head: Callable[[torch.Tensor], torch.Tensor],
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    n_concepts: int = 4,
+) -> Concepts:
     """Splits an image into concepts (Deep Feature Factorization: Collins, Achanta, Süsstrunk, ECCV 2018).
 
     Non-negative matrix factorization of the activations: at each position they are a sum of concept vectors, weighted
@@ -59,7 +65,20 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         ValueError: a layer that is not in the model, is not reached or has no positions; a reshape transform or a
             concept head that does not fit; pixel_values of another shape or not finite; no whole number of concepts;
             a model in half precision.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> concepts = factorize(model, example.pixel_values, model.resnet.encoder.stages[-1], model.classifier)
+        >>> concepts.maps.shape, len(concepts.labels(model.config.id2label))
+        ((4, 128, 128), 4)
     """
+    # Late, as in `explain`.
+    from pytorch_grad_cam.feature_factorization.deep_feature_factorization import dff
+    from pytorch_grad_cam.utils.image import scale_cam_image
+    from sklearn.exceptions import ConvergenceWarning
+
     pixel_values = input_for(model, pixel_values)
     check_count("n_concepts", n_concepts)
     scorer = LogitsModel(model)
@@ -70,11 +89,8 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
         activations.append(layer_to_map(output, reshape_transform, path))
 
     with frozen(scorer), torch.no_grad():
-        handle = target_layer.register_forward_hook(watch)
-        try:
+        with target_layer.register_forward_hook(watch):
             scorer(pixel_values)
-        finally:
-            handle.remove()
         if not activations:
             raise ValueError(f"target layer {path} is not reached in the forward pass; {ADVICE}")
         features = activations[0].float().cpu().numpy()
@@ -83,13 +99,20 @@ def factorize(model, pixel_values, target_layer, concept_head, reshape_transform
             factors, strengths = dff(features.copy(), n_components=n_concepts)
         offset = features.min(axis=(0, 2, 3))
         peaks = strengths[0].max(axis=(1, 2))
-        vectors = np.float32((factors - offset[:, None]) * peaks + offset[:, None]).T
+        vectors = ((factors - offset[:, None]) * peaks + offset[:, None]).T.astype(np.float32)
         scores = _head_scores(concept_head, torch.from_numpy(vectors).to(pixel_values))
     height, width = pixel_values.shape[2:]
     return Concepts(scale_cam_image(strengths[0], (width, height)), vectors, scores)
 
 
-def named_right(model, examples, target_layer, concept_head, reshape_transform=None, n_concepts=4):
+def named_right(
+    model: Any,
+    examples: Sequence[Example],
+    target_layer: torch.nn.Module,
+    concept_head: Callable[[torch.Tensor], torch.Tensor],
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    n_concepts: int = 4,
+) -> float:
     """How often the concept that rules an object bears the object's name.
 
     An object's ruling concept is the one that is the strongest in the largest part of its mask (`strongest_inside`).

@@ -21,13 +21,13 @@ class ResNetPyramid(torch.nn.Module):
         out_channels: channels of each level.
     """
 
-    def __init__(self, config, out_channels):
+    def __init__(self, config: ResNetConfig, out_channels: int):
         super().__init__()
         self.out_channels = out_channels
         self.body = AutoBackbone.from_config(config)
         self.fpn = FeaturePyramidNetwork(config.hidden_sizes, out_channels, LastLevelMaxPool())
 
-    def forward(self, pictures):
+    def forward(self, pictures: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
         """Maps pictures (batch, 3, height, width) to an OrderedDict of levels (batch, out_channels, rows, columns)."""
         stages = self.body(pictures).feature_maps
         return self.fpn(OrderedDict((str(i), stage) for i, stage in enumerate(stages)))
@@ -63,7 +63,7 @@ class SceneFasterRCNN(FasterRCNN, PyTorchModelHubMixin):
             hidden_sizes=hidden_sizes,
             depths=depths,
             layer_type="basic",
-            out_features=stages,
+            out_features=stages,  # type: ignore[call-arg]  # of all backbones' configs
         )
         levels = [str(i) for i in range(len(stages))]
         super().__init__(
@@ -89,7 +89,7 @@ class SceneFasterRCNN(FasterRCNN, PyTorchModelHubMixin):
         self.config = PreTrainedConfig(id2label=dict(enumerate(["background", *categories])))
 
 
-def published_faster_rcnn(name):
+def published_faster_rcnn(name: str) -> tuple[FasterRCNN, ViTImageProcessor]:
     """torchvision's Faster R-CNN with the weights that it publishes, and a processor that leaves the rest to it.
 
     Args:

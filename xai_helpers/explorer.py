@@ -12,12 +12,13 @@ import html
 import io
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -33,6 +34,9 @@ from xai_helpers.reshape import layer_to_map
 from xai_helpers.scenes import PHOTOS, Scene, as_seen, make_scene, natural, with_article
 from xai_helpers.scoring import Example, energy_inside, hits, resize_masks
 from xai_helpers.wrappers import category_index, device_of, frozen, input_for, layer_path, top_categories
+
+if TYPE_CHECKING:  # imported late below
+    import ipywidgets
 
 #: Scenes: seed and objects. Only objects that the published checkpoints know, too.
 SCENES = [(19, ["cat", "coffee cup"]), (1, ["flower", "motorcycle"]), (5, ["cat", "rocket"])]
@@ -61,7 +65,7 @@ class Method:
     settings: dict[str, Callable]
     default: str
 
-    def words(self, name, setting):
+    def words(self, name: str, setting: str) -> str:
         """The method's name with its setting, such as "RISE (masks: 200)"."""
         return f"{name} ({self.parameter}: {setting})" if self.parameter else name
 
@@ -81,13 +85,13 @@ class View:
     inside: float | None
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         """The scores in words, as the titles of the book's figures have them."""
         return "no known answer" if self.hit is None else f"{'hit' if self.hit else 'miss'}, {self.inside:.0%} inside"
 
 
 @functools.cache
-def pictures():
+def pictures() -> dict[str, Scene]:
     """The pictures to choose from: name -> `Scene`. Scenes with two objects, and the photos that they are made of."""
     scenes = [make_scene(seed, objects) for seed, objects in SCENES]
     photos = [natural(name) for name in PHOTOS]
@@ -98,7 +102,7 @@ def pictures():
     }
 
 
-def as_question(scene, model, processor, categories=None):
+def as_question(scene: Scene, model: Any, processor: Any, categories: Sequence[str] | None = None) -> Example:
     """A picture as a model gets it, and what to ask about it.
 
     Args:
@@ -131,7 +135,7 @@ def as_question(scene, model, processor, categories=None):
     return Example(pixel_values, list(names), None, image)
 
 
-def cam_layers(model, pixel_values):
+def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, tuple[torch.nn.Module, Callable | None]]:
     """Layers at which CAMs can be made: a label with path and grid -> (module, reshape_transform).
 
     The first is the one to begin with: that of the leaderboard for the families that it has, else the one that
@@ -150,6 +154,7 @@ def cam_layers(model, pixel_values):
     earlier = list(finer.values())[-EARLIER_LAYERS:] or before[-1:]
     layers = {_label(path, grid): (module, reshape)}
     for candidate in reversed(earlier):
+        assert candidate.target  # it is usable
         layers[_label(candidate.path, candidate.grid)] = candidate.target.module, candidate.target.reshape_transform
     return layers
 
@@ -157,12 +162,9 @@ def cam_layers(model, pixel_values):
 def _grid(model, module, reshape, pixel_values):
     """Rows and columns of a layer's map."""
     found = []
-    hook = module.register_forward_hook(lambda module, inputs, output: found.append(output))
-    try:
+    with module.register_forward_hook(lambda module, inputs, output: found.append(output)):
         with frozen(model), torch.no_grad():
             model(input_for(model, pixel_values, coarse=True))
-    finally:
-        hook.remove()
     return tuple(layer_to_map(found[0], reshape, layer_path(model, module)).shape[2:])
 
 
@@ -170,7 +172,7 @@ def _label(path, grid):
     return f"{path.partition('.')[2] or path}, {grid[0]} × {grid[1]}"
 
 
-def methods_with_settings(model, processor, pixel_values):
+def methods_with_settings(model: Any, processor: Any, pixel_values: torch.Tensor) -> dict[str, Method]:
     """All methods that can explain a model, with what can be set about them: name -> `Method`.
 
     Args:
@@ -211,6 +213,7 @@ def methods_with_settings(model, processor, pixel_values):
 
 def _baselines(model, processor):
     """Integrated gradients from several baselines: name -> function (pixel_values, categories) -> maps."""
+    from captum.attr import IntegratedGradients
 
     def plain(pixel_values, level):
         picture = Image.new("RGB", (64, 64), (level, level, level))
@@ -239,7 +242,7 @@ def _occlude(model, pixel_values, categories, share):
     return occlude(model, pixel_values, categories, window=window, step=max(1, min(longer // 8, window)))
 
 
-def make_maps(method, setting, example):
+def make_maps(method: Method, setting: str, example: Example) -> np.ndarray:
     """The maps of all categories of an example, the same ones every time: (n_categories, height, width) in [0, 1].
 
     Args:
@@ -247,17 +250,17 @@ def make_maps(method, setting, example):
         setting: one of its settings.
         example: an `Example`.
     """
-    with _same_numbers(example.pixel_values.device), warnings.catch_warnings():
+    with _same_numbers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the model cannot be forked")
         return method.settings[setting](example.pixel_values, example.categories)
 
 
 @contextlib.contextmanager
-def _same_numbers(device):
+def _same_numbers():
     """SmoothGrad draws from torch's global generator, RandomCAM from numpy's: both start anew, and are put back."""
     state = np.random.get_state()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             np.random.seed(0)
             yield
@@ -265,7 +268,7 @@ def _same_numbers(device):
         np.random.set_state(state)
 
 
-def view(example, index, heat, side=SIDE):
+def view(example: Example, index: int, heat: np.ndarray, side: int = SIDE) -> View:
     """A map over its picture, with its scores.
 
     Args:
@@ -274,6 +277,7 @@ def view(example, index, heat, side=SIDE):
         heat: the map, (height, width) in [0, 1].
         side: the longer side of the picture that is made.
     """
+    assert example.image is not None
     image = shown(example.image, side)
     picture = Image.fromarray(overlay(image, heat, FULL_AT))
     hit = inside = None
@@ -286,13 +290,13 @@ def view(example, index, heat, side=SIDE):
     return View(picture, hit, inside)
 
 
-def shown(image, side=SIDE):
+def shown(image: Image.Image, side: int = SIDE) -> Image.Image:
     """A picture at the size in which it is shown: its longer side has `side` pixels, and the other one at least one."""
     factor = side / max(image.size)
     return image.resize([max(1, round(length * factor)) for length in image.size], Image.Resampling.LANCZOS)
 
 
-def with_outline(picture, answer):
+def with_outline(picture: Image.Image, answer: np.ndarray) -> Image.Image:
     """A picture with the outline of a mask, bool (height, width) at any resolution."""
     packed = np.packbits(answer).tobytes()
     return Image.alpha_composite(picture.convert("RGBA"), _outline(packed, answer.shape, picture.size)).convert("RGB")
@@ -323,7 +327,12 @@ def _cross(picture, heat):
         draw.line((x, y - reach, x, y + reach), colour, width)
 
 
-def explorer(model=None, processor=None, image=None, categories=None):
+def explorer(
+    model: torch.nn.Module | str | None = None,
+    processor: Any = None,
+    image: str | Path | Image.Image | Scene | None = None,
+    categories: Sequence[str] | None = None,
+) -> "ipywidgets.VBox":
     """Shows two maps of one picture side by side; picture, model, category, methods and settings can be chosen.
 
         explorer()                                   the book's pictures and models

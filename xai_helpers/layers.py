@@ -4,14 +4,17 @@ import contextlib
 import functools
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from xai_helpers.reshape import channels_last_to_map, layer_to_map, tokens_to_map
 from xai_helpers.wrappers import LogitsModel, category_targets, frozen, input_for, layer_path
+
+if TYPE_CHECKING:  # imported late below: only tables need it
+    import pandas as pd
 
 PATCHES = [(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # centres (y, x) as shares of the sides
 PATCH_SIDE = 1 / 3
@@ -42,7 +45,7 @@ class TargetLayer:
 
     module: torch.nn.Module
     path: str
-    reshape_transform: object
+    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ class LayerReport:
     cam: TargetLayer
     dff: TargetLayer
 
-    def table(self):
+    def table(self) -> "pd.DataFrame":
         """All candidates: a pandas DataFrame, a row a layer."""
+        import pandas as pd
+
         chosen = {self.cam.path: "Grad-CAM", self.dff.path: "DFF"}
         if len(chosen) == 1:
             chosen = {self.cam.path: "Grad-CAM, DFF"}
@@ -116,6 +121,8 @@ class LayerReport:
         return table[table.index.isin(shown)]
 
     def _repr_html_(self):
+        import pandas as pd
+
         short = self._short_table().drop(columns=["layout", "prefix tokens"])
         short.insert(0, "verdict", short.pop("verdict"))  # what the others lead to, beside the name
         with pd.option_context("display.max_colwidth", None):
@@ -123,11 +130,13 @@ class LayerReport:
         return f"{table}<p>{len(short)} of {len(self.candidates)} layers with positions; table() has them all.</p>"
 
     def __repr__(self):
+        import pandas as pd
+
         with pd.option_context("display.max_colwidth", None, "display.width", None, "display.max_columns", None):
             return self._short_table().to_string()
 
 
-def find_target_layers(model, pixel_values):
+def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> LayerReport:
     """Finds the layers to explain in a model that nobody described, by trying.
 
     1. Shapes: which modules put out a tensor that can be read as a map of the image: channels first, channels last, or
@@ -153,7 +162,17 @@ def find_target_layers(model, pixel_values):
     Raises:
         ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape or not
             finite.
+
+    Example:
+        >>> from xai_helpers.checkpoints import examples, load
+        >>> model, processor = load("vit", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> report = find_target_layers(model, example.pixel_values)
+        >>> report.cam.path
+        'vit.layers.5.layernorm_before'
     """
+    from tqdm.auto import tqdm
+
     pixel_values = input_for(model, pixel_values, coarse=True)
     scorer = LogitsModel(model)
     paths = {module: path for path, module in model.named_modules() if path}
@@ -208,7 +227,7 @@ class _Layer:
     @property
     def is_map(self):
         """Of the image, and one that a hook can get at."""
-        return self.is_local and self.kind == "Tensor" and self.calls == 1
+        return self.is_local and self.kind == "Tensor"
 
     @property
     def passes(self):
@@ -278,7 +297,7 @@ def _layers_with_positions(scorer, paths, image):
         key = tensor.shape, hashlib.sha256(values).digest()  # modules with the same values are one layer
         if key not in groups:
             groups[key] = _best_reading(tensor, image.shape[2:]), steps[0], []
-        groups[key][2].append((module, type(output).__name__))
+        groups[key][2].append((module, "Tensor" if isinstance(output, torch.Tensor) else type(output).__name__))
 
     with _hooks(paths, watch), torch.no_grad():
         scorer(rows)
@@ -531,7 +550,12 @@ def _positions_with_gradient(gradient, reading):
     return (_as_map(gradient, reading)[0] != 0).any(dim=0).float().mean().item()
 
 
-def layer_table(model, pixel_values, category, layers):
+def layer_table(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    category: str | int | Callable,
+    layers: Mapping[str, torch.nn.Module | tuple[torch.nn.Module, Callable]],
+) -> "pd.DataFrame":
     """What some layers put out, and at which of their positions the score of a category has a gradient.
 
     One forward pass and one backward pass, with the image in two rows (with one, PyTorch's BatchNorm2d can return a
@@ -555,6 +579,8 @@ def layer_table(model, pixel_values, category, layers):
             reached or returns no tensor; a reshape transform that does not fit; pixel_values of another shape or not
             finite; a model in half precision.
     """
+    import pandas as pd
+
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, category)
     if len(targets) > 1:
@@ -576,13 +602,11 @@ def layer_table(model, pixel_values, category, layers):
 
     scorer = LogitsModel(model)
     with frozen(scorer):
-        handles = [layer.register_forward_hook(watch) for layer in paths]
-        try:
+        with contextlib.ExitStack() as stack:
+            for layer in paths:
+                stack.enter_context(layer.register_forward_hook(watch))
             rows = pixel_values.clone().requires_grad_().repeat(2, 1, 1, 1)
             score = targets[0](scorer(rows)[0])
-        finally:
-            for handle in handles:
-                handle.remove()
         for layer, path in paths.items():
             if layer not in outputs:
                 raise ValueError(f"layer {path} is not reached in the forward pass")

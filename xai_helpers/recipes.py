@@ -10,7 +10,8 @@ import functools
 import math
 from collections.abc import Callable
 
-from xai_helpers.checkpoints import HUB
+import torch
+
 from xai_helpers.layers import TargetLayer
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.wrappers import LogitsModel, layer_path
@@ -40,12 +41,7 @@ class Recipe:
     prefix: int = 0
     differs: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    @property
-    def hub_checkpoint(self):
-        """The published checkpoint that the chapter explains in `XAI_WEIGHTS=hub`."""
-        return HUB[self.family]
-
-    def cam(self, model, pixel_values):
+    def cam(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> TargetLayer:
         """The `TargetLayer` for class activation maps; its reshape transform fits the size of pixel_values.
 
         Args:
@@ -57,11 +53,11 @@ class Recipe:
         """
         return self._target(model, self.cam_layer, pixel_values)
 
-    def dff(self, model, pixel_values):
+    def dff(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> TargetLayer:
         """The `TargetLayer` for `factorize`, to go with `concept_head`. Arguments and errors are those of `cam`."""
         return self._target(model, self.dff_layer, pixel_values)
 
-    def concept_head(self, model):
+    def concept_head(self, model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
         """What `factorize` wants as concept head. Argument and errors are those of `cam`."""
         return self.head(self._unwrapped(model))
 

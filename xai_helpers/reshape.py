@@ -1,11 +1,13 @@
 """Activations of any layout -> maps (batch, channels, height, width): the reshape transforms of grad-cam."""
 
+from collections.abc import Callable
+
 import torch
 
 ADVICE = "find_target_layers(model, pixel_values) lists the layers that work, with their reshape transforms"
 
 
-def tokens_to_map(tokens, grid, prefix=1):
+def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Tensor:
     """Lays the patch tokens of a transformer out as the grid they were cut from.
 
     As a reshape transform: `functools.partial(tokens_to_map, grid=(14, 14))`.
@@ -20,6 +22,11 @@ def tokens_to_map(tokens, grid, prefix=1):
 
     Raises:
         ValueError: the tensor has another number of dimensions or tokens.
+
+    Example:
+        >>> tokens_to_map(torch.tensor([[[9], [1], [2], [3], [4]]]), grid=(2, 2))  # 9 is the CLS token
+        tensor([[[[1, 2],
+                  [3, 4]]]])
     """
     rows, columns = grid
     wanted = prefix + rows * columns
@@ -32,7 +39,7 @@ def tokens_to_map(tokens, grid, prefix=1):
     return patches.reshape(*patches.shape[:2], rows, columns).contiguous()
 
 
-def channels_last_to_map(x):
+def channels_last_to_map(x: torch.Tensor) -> torch.Tensor:
     """Moves the channels of (batch, height, width, channels), as Swin has them, to the front.
 
     As a reshape transform it needs no arguments.
@@ -42,6 +49,10 @@ def channels_last_to_map(x):
 
     Raises:
         ValueError: the tensor has not four dimensions.
+
+    Example:
+        >>> channels_last_to_map(torch.zeros(1, 7, 7, 768)).shape
+        torch.Size([1, 768, 7, 7])
     """
     if x.ndim != 4:
         raise ValueError(
@@ -51,7 +62,9 @@ def channels_last_to_map(x):
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-def layer_to_map(output, reshape_transform, path):
+def layer_to_map(
+    output: torch.Tensor, reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None, path: str
+) -> torch.Tensor:
     """A target layer's output as maps, or an error that says why it cannot be one.
 
     Args:

@@ -8,6 +8,9 @@ A check computes the right answer in its own way, so that any right way to it is
 mistakes, so that it can say which one was made. It prints a sentence, or raises `Wrong` with one.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.stats import pearsonr
@@ -21,16 +24,16 @@ class Wrong(AssertionError):
     """An answer is not right; the message says why."""
 
 
-def right(sentence):
+def right(sentence: str) -> None:
     """Tell the reader that an answer is right."""
     print(f"Right. {sentence}")
 
 
-def as_array(answer, what, shape=None):
+def as_array(answer: Any, what: str, shape: Sequence[int] | None = None) -> np.ndarray:
     """An answer as numbers.
 
     Args:
-        answer: a tensor on any device, an array, a list or a number.
+        answer: a tensor on any device, an array, a number, or a list of them.
         what: what it is called in messages, such as "The attribution".
         shape: the shape that is wanted, as a tuple; None takes any.
 
@@ -42,10 +45,8 @@ def as_array(answer, what, shape=None):
     """
     if answer is None or answer is Ellipsis:
         raise Wrong(f"{what} is {answer}: give it a value, or let the function return one.")
-    if isinstance(answer, torch.Tensor):
-        answer = answer.detach().cpu()
     try:
-        values = np.asarray(answer, np.float64)
+        values = np.asarray(_without_device(answer), np.float64)
     except (TypeError, ValueError) as error:
         raise Wrong(f"{what} has to be a tensor or an array of numbers, not {type(answer).__name__}.") from error
     if shape is not None and values.shape != tuple(shape):
@@ -55,7 +56,9 @@ def as_array(answer, what, shape=None):
     return values
 
 
-def same(answer, wanted, what, mistakes=None, tolerance=0.01):
+def same(
+    answer: Any, wanted: Any, what: str, mistakes: dict[str, Any] | None = None, tolerance: float = 0.01
+) -> np.ndarray:
     """The answer is the wanted one, up to rounding.
 
     Args:
@@ -90,7 +93,9 @@ def same(answer, wanted, what, mistakes=None, tolerance=0.01):
     raise Wrong(f"{what} is not right: its correlation with the right one is {likeness:.2f}.")
 
 
-def alike(answer, wanted, what, mistakes=None, least=0.9):
+def alike(
+    answer: Any, wanted: Any, what: str, mistakes: dict[str, Any] | None = None, least: float = 0.9
+) -> np.ndarray:
     """The answer is like the wanted one, as two runs of a random method are alike: on any scale.
 
     Args and errors are those of `same`, but an answer and a mistake need not be equal: the answer's correlation with
@@ -117,7 +122,7 @@ def alike(answer, wanted, what, mistakes=None, least=0.9):
     return given
 
 
-def is_heat_map(answer, what, shape):
+def is_heat_map(answer: Any, what: str, shape: Sequence[int]) -> np.ndarray:
     """The answer is a map in [0, 1] whose largest value is 1.
 
     Returns:
@@ -134,38 +139,39 @@ def is_heat_map(answer, what, shape):
     return given
 
 
-def points_at(heat, mask, what, least_energy=0.0):
+def points_at(heat: Any, mask: Any, what: str, least_energy: float = 0.0) -> None:
     """The largest value of a map, (height, width), lies on the object, and enough of its energy does.
 
     Raises:
         Wrong: it does not.
     """
-    heat, mask = np.asarray(heat)[None], np.asarray(mask)[None]
+    heat, mask = np.asarray(_without_device(heat))[None], np.asarray(_without_device(mask))[None]
     if not hits(heat, mask)[0]:
         raise Wrong(f"{what} has its largest value outside the object.")
     if (inside := energy_inside(heat, mask)[0]) < least_energy:
         raise Wrong(f"{what} has {inside:.0%} of its energy inside the object; {least_energy:.0%} is wanted.")
 
 
-def correlation(a, b):
-    """Pearson's correlation of two arrays of one shape; 0 where one is constant, or the shapes differ."""
-    a, b = np.ravel(a), np.ravel(b)
+def correlation(a: Any, b: Any) -> float:
+    """Pearson's correlation of two arrays or tensors of one shape; 0 where one is constant, or the shapes differ."""
+    a, b = np.ravel(_without_device(a)), np.ravel(_without_device(b))
     if a.shape != b.shape or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(pearsonr(a, b).statistic)
 
 
-def another(index):
+def another(index: int) -> int:
     """The number of another category, to which an answer may belong by mistake."""
     return index - 1 if index else 1
 
 
-def is_noise(noise, stdev):
+def is_noise(noise: torch.Tensor, stdev: float) -> None:
     """Noise, a tensor (n_pictures, channels, height, width), is Gaussian with mean 0, and drawn anew for every number.
 
     Raises:
         Wrong: it is not, or has another standard deviation than stdev.
     """
+    noise = noise.detach().cpu()
     if noise.abs().max() == 0:
         raise Wrong("There is no noise in the pictures.")
     if noise.flatten(1).std(dim=1).max() < 1e-6:
@@ -183,10 +189,17 @@ def is_noise(noise, stdev):
         raise Wrong("The noise never goes beyond 2.5 standard deviations: Gaussian noise is wanted (torch.randn).")
 
 
-def is_rather(answer, mistake, wanted, least=0.999):
+def is_rather(answer: Any, mistake: Any, wanted: Any, least: float = 0.999) -> bool:
     """Whether an answer is that of a mistake, on any scale: like it by `least`, and more than like the wanted one."""
     # Where mistake and right answer are the same numbers, rounding must not decide.
     return correlation(answer, mistake) > max(least, correlation(answer, wanted) + 1e-6)
+
+
+def _without_device(values):
+    """A tensor as an array, and a list of tensors as one of arrays; anything else as it is."""
+    if isinstance(values, (list, tuple)):
+        return [_without_device(value) for value in values]
+    return values.numpy(force=True) if isinstance(values, torch.Tensor) else values
 
 
 def _close(given, other, tolerance):

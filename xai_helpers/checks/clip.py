@@ -1,5 +1,7 @@
 """Checks of the tasks in the chapters on CLIP."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -16,7 +18,7 @@ def _vectors(*shape, seed=0):
     return torch.randn(*shape, generator=draw) * torch.rand(*shape[:-1], 1, generator=draw).mul(4).exp()
 
 
-def contrast_scores(function, image_embeds, text_embeds, scale):
+def contrast_scores(function: Callable, image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: float) -> None:
     """Task: a function (image_embeds, text_embeds, scale) -> contrasts, (n_pictures, n_prompts)."""
     for pictures, texts, factor in (
         (_vectors(3, 8), _vectors(5, 8, seed=1), 10.0),
@@ -51,7 +53,7 @@ def contrast_scores(function, image_embeds, text_embeds, scale):
     right("The contrasts of a picture add up to 0: each says how a prompt compares with the list that it stands in.")
 
 
-def prompt_ensemble(function, text_embeds):
+def prompt_ensemble(function: Callable, text_embeds: torch.Tensor) -> None:
     """Task: a function of text_embeds, (n_categories, n_templates, dim) -> unit vectors, (n_categories, dim)."""
     for texts in (_vectors(3, 4, 8), text_embeds):
         raw = as_array(texts, "The texts' vectors")

@@ -2,13 +2,15 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from captum.attr import DeepLift
 
 from xai_helpers.checks import Wrong, alike, another, as_array, correlation, is_heat_map, is_noise, right, same
-from xai_helpers.wrappers import check_picture, frozen
+from xai_helpers.wrappers import check_picture, device_of, frozen
 
 MOST_OFF = 0.02  # of the score's change, for attributions that are called complete
 
@@ -29,9 +31,10 @@ def _change(net, pixel_values, baseline, index):
         return float(net(pixel_values)[0, index] - net(baseline)[0, index])
 
 
-def saliency(answer, net, pixel_values, index):
+def saliency(answer: Any, net: torch.nn.Module, pixel_values: torch.Tensor, index: int) -> None:
     """Task: the largest absolute gradient of the channels, (height, width), divided by the largest of the map."""
-    gradient = _gradients(net, pixel_values, index)[0]
+    picture = pixel_values.detach().to(device_of(net))
+    gradient = _gradients(net, picture, index)[0]
 
     def unit(heat):
         return heat / heat.max()
@@ -45,20 +48,21 @@ def saliency(answer, net, pixel_values, index):
     mistakes = {
         "is the sum or the mean over the channels: take the largest of the three": unit(gradient.abs().sum(dim=0)),
         "belongs to another category: is the target the category's index": unit(
-            _gradients(net, pixel_values, another(index))[0].abs().amax(dim=0)
+            _gradients(net, picture, another(index))[0].abs().amax(dim=0)
         ),
         "shows positive gradients only: take absolute values": unit(signed.clamp(min=0)),
         "is the gradient times the picture: saliency is the gradient alone": unit(
-            (gradient * pixel_values.detach()[0]).abs().amax(dim=0)
+            (gradient * picture[0]).abs().amax(dim=0)
         ),
     }
     same(answer, wanted, "The map", mistakes)
     right(f"Half of the pixels have less than {wanted.median():.0%} of the largest value.")
 
 
-def input_x_gradient(answer, net, pixel_values, index):
+def input_x_gradient(answer: Any, net: torch.nn.Module, pixel_values: torch.Tensor, index: int) -> None:
     """Task: picture times gradient, summed over the channels, (height, width), with its signs."""
-    picture, gradient = pixel_values.detach()[0], _gradients(net, pixel_values, index)[0]
+    pixel_values = pixel_values.detach().to(device_of(net))
+    picture, gradient = pixel_values[0], _gradients(net, pixel_values, index)[0]
     wanted = (picture * gradient).sum(dim=0)
     mistakes = {
         "is the gradient alone: multiply it by the picture": gradient.sum(dim=0),
@@ -72,7 +76,7 @@ def input_x_gradient(answer, net, pixel_values, index):
     right(f"It adds up to {wanted.sum():.2f}, and {(wanted < 0).float().mean():.0%} of the pixels are negative.")
 
 
-def black_like(function, pixel_values, processor):
+def black_like(function: Callable, pixel_values: torch.Tensor, processor: Any) -> None:
     """Task: a function (picture, processor) -> a black picture of the same shape, as the processor would make it."""
     mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in (processor.image_mean, processor.image_std))
     whole = np.zeros(pixel_values.shape)
@@ -93,14 +97,16 @@ def black_like(function, pixel_values, processor):
 def _integral(net, pixel_values, baseline, index, steps=24):
     """The mean gradient on the way from the baseline to the picture, by the middles of equal steps."""
     shares = (torch.arange(steps, device=baseline.device) + 0.5) / steps
-    picture, baseline = pixel_values.detach(), baseline.detach()
-    path = baseline + shares[:, None, None, None] * (picture - baseline)
+    path = baseline + shares[:, None, None, None] * (pixel_values - baseline)
     return _gradients(net, path, index).mean(dim=0, keepdim=True)
 
 
-def integrated(answer, net, pixel_values, baseline, index):
+def integrated(
+    answer: Any, net: torch.nn.Module, pixel_values: torch.Tensor, baseline: torch.Tensor, index: int
+) -> None:
     """Task: integrated gradients against a baseline, of the picture's shape; they add up to the score's change."""
-    picture, what = pixel_values.detach(), "The attribution"
+    picture, baseline = (one.detach().to(device_of(net)) for one in (pixel_values, baseline))
+    what = "The attribution"
     mean_gradient = _integral(net, picture, baseline, index)
     wanted = (picture - baseline) * mean_gradient
     given = as_array(answer, what, wanted.shape)
@@ -145,17 +151,20 @@ class _Recorder(torch.nn.Module):
         return self.net(pictures)
 
 
-def smoothgrad(function, net, pixel_values, index, n, sigma):
+def smoothgrad(
+    function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, index: int, n: int, sigma: float
+) -> None:
     """Task: a function (net, picture, index, n, sigma) -> the mean gradient of n noisy copies, of the picture's shape.
 
     The noise is random, so the check looks at the copies that went through the network: at their noise, and whether
     the answer is the mean of their gradients.
     """
     check_picture(pixel_values)
+    pixel_values = pixel_values.detach().to(device_of(net))
     recorder = _Recorder(net).eval()
     answer = as_array(function(recorder, pixel_values, index, n, sigma), "The attribution", pixel_values.shape)
-    seen = torch.cat(recorder.seen) if recorder.seen else torch.zeros(0, *pixel_values.shape[1:])
-    noise = seen - pixel_values.detach()
+    seen = torch.cat(recorder.seen) if recorder.seen else pixel_values[:0]
+    noise = seen - pixel_values
     noisy = noise.abs().amax(dim=(1, 2, 3)) > 0
     seen, noise = seen[noisy], noise[noisy]
     if not len(noise):
@@ -194,21 +203,22 @@ def _count_calls(network):
     leaves = [
         (name or "the network", module) for name, module in network.named_modules() if not list(module.children())
     ]
-    hooks = [module.register_forward_hook(count(name)) for name, module in leaves]
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, module in leaves:
+            stack.enter_context(module.register_forward_hook(count(name)))
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def cured(answer, network, pixel_values, baseline, index=0):
+def cured(
+    answer: Any, network: torch.nn.Module, pixel_values: torch.Tensor, baseline: torch.Tensor, index: int = 0
+) -> None:
     """Task: a network with the scores of another, whose non-linear modules are used once each, for DeepLift."""
     if not isinstance(answer, torch.nn.Module):
         raise Wrong(f"A network is wanted, a torch.nn.Module, not {type(answer).__name__}.")
     if answer is network:
         raise Wrong("This is the network that fails: make another one with its layers.")
-    pictures = torch.cat([pixel_values.detach(), baseline.detach(), torch.randn_like(baseline)])
+    picture, baseline = (one.detach().to(device_of(network)) for one in (pixel_values, baseline))
+    pictures = torch.cat([picture, baseline, torch.randn_like(baseline)])
     with torch.no_grad(), _count_calls(answer) as calls:
         scores = answer(pictures)
     with torch.no_grad():
@@ -221,7 +231,7 @@ def cured(answer, network, pixel_values, baseline, index=0):
     several = [name for name, count in calls.items() if count > 1]
     if several:
         raise Wrong(f"The module {several[0]!r} is used {calls[several[0]]} times: each place needs a ReLU of its own.")
-    off = _off_with_deeplift(answer, pixel_values.detach(), baseline.detach(), index)
+    off = _off_with_deeplift(answer, picture, baseline, index)
     if off > MOST_OFF / 10:
         raise Wrong(
             f"DeepLift runs, but its sum is off by {off:.0%} of the score's change: is a ReLU a function, such as "

@@ -1,22 +1,22 @@
 """Checks of the lab on Layer Grad-CAM."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
 from xai_helpers.checks import Wrong, another, as_array, is_heat_map, is_rather, points_at, right, same
 from xai_helpers.scoring import energy_inside
+from xai_helpers.wrappers import device_of
 
 
 def _grad_cam(net, layer, pixel_values, index):
     """Grad-CAM's evidence, (rows, columns), and that of HiResCAM, from the gradient of what follows the layer."""
     kept = []
-    hook = layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    try:
-        with torch.enable_grad():
-            score = net(pixel_values.detach().clone().requires_grad_())[0, index]
-            (gradient,) = torch.autograd.grad(score, kept[0])
-    finally:
-        hook.remove()
+    picture = pixel_values.detach().to(device_of(net)).clone().requires_grad_()
+    with torch.enable_grad(), layer.register_forward_hook(lambda module, inputs, output: kept.append(output)):
+        (gradient,) = torch.autograd.grad(net(picture)[0, index], kept[0])
     activation = kept[0][0].detach()
     return (
         (gradient[0].mean(dim=(1, 2), keepdim=True) * activation).sum(dim=0),
@@ -24,7 +24,7 @@ def _grad_cam(net, layer, pixel_values, index):
     )
 
 
-def evidence(answer, net, layer, pixel_values, index):
+def evidence(answer: Any, net: torch.nn.Module, layer: torch.nn.Module, pixel_values: torch.Tensor, index: int) -> None:
     """Task: Captum's LayerGradCam at a layer, (1, 1, rows, columns), with its signs."""
     wanted, elementwise = _grad_cam(net, layer, pixel_values, index)
     other = _grad_cam(net, layer, pixel_values, another(index))[0]
@@ -37,7 +37,7 @@ def evidence(answer, net, layer, pixel_values, index):
     right(f"{wanted.shape[0]} x {wanted.shape[1]} positions, {(wanted < 0).float().mean():.0%} of them negative.")
 
 
-def by_hand(weights, answer, activations, gradients):
+def by_hand(weights: Any, answer: Any, activations: torch.Tensor, gradients: torch.Tensor) -> None:
     """Task: the weights of the channels, (channels,), and the map that they give, (rows, columns)."""
     wanted = gradients.mean(dim=(1, 2))
     same(
@@ -64,7 +64,7 @@ def by_hand(weights, answer, activations, gradients):
     right("These are the numbers of Captum's LayerGradCam.")
 
 
-def heat_map(function, evidence):
+def heat_map(function: Callable, evidence: torch.Tensor) -> None:
     """Task: a function (evidence, height, width) -> map in [0, 1], (height, width)."""
     height, width = 4 * evidence.shape[2], 5 * evidence.shape[3]
     answer = function(evidence, height, width)
@@ -99,14 +99,14 @@ def heat_map(function, evidence):
     right("The map lies in [0, 1], and only what speaks for the category is in it.")
 
 
-def on_the_object(answer, mask):
+def on_the_object(answer: Any, mask: np.ndarray) -> None:
     """Part of the task `heat_map`: the map, (height, width), of a category points at the object of that category."""
     heat = is_heat_map(answer, "The map", np.shape(answer))
     points_at(heat, mask, "The map", least_energy=0.5)
     right(f"{energy_inside(heat[None], mask[None])[0]:.0%} of the map lies on the object, and its maximum does.")
 
 
-def nothing_speaks_for_it(function):
+def nothing_speaks_for_it(function: Callable) -> None:
     """Part of the task `heat_map`: evidence that is negative everywhere gives a map of zeros."""
     answer = as_array(function(-torch.ones(1, 1, 3, 3), 6, 6), "The map of evidence that is all negative", (6, 6))
     if np.abs(answer).max() > 0:
@@ -114,8 +114,11 @@ def nothing_speaks_for_it(function):
     right("Where nothing speaks for the category, the map is zero.")
 
 
-def for_and_against(function, net, layer, pixel_values, index):
+def for_and_against(
+    function: Callable, net: torch.nn.Module, layer: torch.nn.Module, pixel_values: torch.Tensor, index: int
+) -> None:
     """Task: a function (picture, index) -> what speaks for and against a category, (2, rows, columns)."""
+    pixel_values = pixel_values.to(device_of(net))
     wanted, elementwise = _grad_cam(net, layer, pixel_values, index)
     other = _grad_cam(net, layer, pixel_values, another(index))[0]
 

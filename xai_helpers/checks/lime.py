@@ -1,13 +1,18 @@
 """Checks of the lab on LIME and KernelSHAP."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from captum._utils.models.linear_model import SkLearnLinearRegression
+from sklearn.linear_model import LinearRegression
 
 from xai_helpers.checks import Wrong, alike, as_array, right, same
+from xai_helpers.wrappers import device_of
 
 
-def cut_up(function, pixel_values, n):
+def cut_up(function: Callable, pixel_values: torch.Tensor, n: int) -> None:
     """Task: a function (picture, n) -> superpixels, a LongTensor (1, height, width) with ids from 0."""
     found, size = function(pixel_values, n), tuple(pixel_values.shape[2:])
     if not isinstance(found, torch.Tensor):
@@ -22,7 +27,7 @@ def cut_up(function, pixel_values, n):
         raise Wrong(f"There are {len(used)} superpixels, but ids up to {used[-1]}: close the gaps.")
     if not n / 2 <= len(used) <= 2 * n:
         raise Wrong(f"There are {len(used)} superpixels; about {n} are wanted.")
-    colours = pixel_values[0].permute(1, 2, 0).double().cpu().numpy().reshape(-1, 3)
+    colours = pixel_values[0].permute(1, 2, 0).cpu().double().numpy().reshape(-1, 3)
     if size[0] == size[1] and _left_over(colours, ids) > _left_over(colours, ids.T):
         raise Wrong("The superpixels follow the transposed picture: rows and columns are exchanged.")
     y, x = np.indices(size)
@@ -41,7 +46,7 @@ def _left_over(colours, ids):
     return ((colours - means[ids]) ** 2).sum()
 
 
-def share_on_object(function, segments, mask):
+def share_on_object(function: Callable, segments: torch.Tensor, mask: np.ndarray) -> None:
     """Task: a function (segments, mask) -> share of each superpixel on the object, (n,)."""
     parts = [segments[0].cpu().numpy() == i for i in range(int(segments.max()) + 1)]
     counts = np.array([mask[part].sum() for part in parts], float)
@@ -59,9 +64,9 @@ def share_on_object(function, segments, mask):
     right(f"{(wanted >= 0.5).sum()} of {len(wanted)} superpixels lie at least half on the object.")
 
 
-def kernel_weight(function, samples):
+def kernel_weight(function: Callable, samples: torch.Tensor) -> None:
     """Task: a function (samples, width) -> similarities exp(-d^2 / width^2), d the share that is off: (n_samples,)."""
-    bits = samples.double().cpu().numpy()
+    bits = samples.cpu().double().numpy()
     off = (bits == 0).mean(axis=1)
     for width in (0.3, 0.8):
         mistakes = {
@@ -80,9 +85,9 @@ def kernel_weight(function, samples):
     right("The picture itself would have the weight 1, and the weight falls with each superpixel that is off.")
 
 
-def weighted_fit(function, samples, scores, similarities):
+def weighted_fit(function: Callable, samples: torch.Tensor, scores: torch.Tensor, similarities: torch.Tensor) -> None:
     """Task: a function (samples, scores, similarities) -> weights of least squares, (n, k), without the intercept."""
-    bits, targets, trust = (one.double().cpu().numpy() for one in (samples, scores, similarities))
+    bits, targets, trust = (one.cpu().double().numpy() for one in (samples, scores, similarities))
     wanted = _least_squares(bits, targets, trust)
     without = np.linalg.pinv(np.sqrt(trust)[:, None] * bits) @ (np.sqrt(trust)[:, None] * targets)
     mistakes = {
@@ -99,13 +104,13 @@ def weighted_fit(function, samples, scores, similarities):
 
 
 def _least_squares(samples, scores, similarities):
-    """Weighted least squares with an intercept, from the covariances: (n, k)."""
-    share = similarities / similarities.sum()
-    bits, targets = samples - share @ samples, scores - share @ scores
-    return np.linalg.pinv(bits.T @ (share[:, None] * bits), hermitian=True) @ (bits.T @ (share[:, None] * targets))
+    """Weighted least squares with an intercept: (n, k)."""
+    return LinearRegression().fit(samples, scores, sample_weight=similarities).coef_.T
 
 
-def captum_weights(function, net, pixel_values, indices, segments):
+def captum_weights(
+    function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, indices: Sequence[int], segments: torch.Tensor
+) -> None:
     """Task: a function (scorer, picture, index, segments, regression, n_samples) -> LIME's weights, (n,).
 
     Args:
@@ -117,7 +122,8 @@ def captum_weights(function, net, pixel_values, indices, segments):
     """
     index, other = indices
     n, n_samples = int(segments.max()) + 1, 150
-    with torch.random.fork_rng(devices=[]):
+    pixel_values = pixel_values.to(device_of(net))
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         answer = function(net, pixel_values, index, segments, SkLearnLinearRegression(), n_samples)
     if np.shape(answer) == tuple(pixel_values.shape):
@@ -132,8 +138,8 @@ def captum_weights(function, net, pixel_values, indices, segments):
     samples = torch.from_numpy(draw.integers(0, 2, (n_samples, n)))
     states = samples[:, segments.cpu()].to(pixel_values)
     with torch.no_grad():
-        scores = torch.cat([net(pixel_values * some) for some in states.split(25)])[:, [index, other]]
-    wanted, of_other = _least_squares(samples.double().numpy(), scores.double().cpu().numpy(), np.ones(n_samples)).T
+        scores = torch.cat([net(pixel_values * some) for some in states.split(25)]).cpu().double()[:, [index, other]]
+    wanted, of_other = _least_squares(samples.numpy(), scores.numpy(), np.ones(n_samples)).T
     mistakes = {"belongs to another category: is the target `index`": of_other}
     alike(given, wanted, "The vector of weights", mistakes, least=0.7)
     if not 0.4 < np.ptp(given) / np.ptp(wanted) < 2.5:
@@ -144,7 +150,7 @@ def captum_weights(function, net, pixel_values, indices, segments):
     right(f"{(given > 0).sum()} of {n} superpixels speak for the category.")
 
 
-def paint(function, weights, segments):
+def paint(function: Callable, weights: Any, segments: torch.Tensor) -> None:
     """Task: a function (weights, segments) -> heat map, (height, width) in [0, 1]."""
     numbers = as_array(weights, "The weights")
     ids = segments[0].cpu().numpy()
@@ -173,7 +179,7 @@ def paint(function, weights, segments):
     right(f"{(numbers > 0).mean():.0%} of the superpixels have a colour.")
 
 
-def nothing_positive(function, segments):
+def nothing_positive(function: Callable, segments: torch.Tensor) -> None:
     """Part of the task `paint`: weights that are all negative give a map of zeros."""
     size = tuple(segments.shape[1:])
     answer = as_array(function(-np.ones(int(segments.max()) + 1), segments), "The map of negative weights", size)

@@ -1,9 +1,13 @@
 """Checks of the lab on perturbation."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 import torch
 
 from xai_helpers.checks import Wrong, another, as_array, is_heat_map, is_rather, right, same
+from xai_helpers.wrappers import device_of
 
 
 def _starts(side, window, stride):
@@ -14,7 +18,7 @@ def _starts(side, window, stride):
     return starts
 
 
-def n_windows(function, settings):
+def n_windows(function: Callable, settings: Iterable[tuple[int, int, int]]) -> None:
     """Task: a function (side, window, stride) -> number of windows on a square picture.
 
     `settings` are several (side, window, stride), with a stride of at most the window.
@@ -39,12 +43,13 @@ def n_windows(function, settings):
 
 def _scores(net, pictures, batch=25):
     with torch.no_grad():
-        return torch.cat([net(some) for some in pictures.split(batch)]).double()
+        return torch.cat([net(some) for some in pictures.split(batch)]).cpu().double()
 
 
 def _falls(net, pixel_values, hidden):
     """How far each score falls with zeros where each mask, bool (n, height, width), is true: (n, scores)."""
-    return _scores(net, pixel_values) - _scores(net, torch.where(hidden[:, None], 0.0, pixel_values))
+    hidden = hidden[:, None].to(pixel_values.device)
+    return _scores(net, pixel_values) - _scores(net, torch.where(hidden, 0.0, pixel_values))
 
 
 def _windows(height, width, window, stride):
@@ -57,8 +62,11 @@ def _windows(height, width, window, stride):
     return torch.stack(hidden)
 
 
-def occlusion(answer, net, pixel_values, index, window, stride):
+def occlusion(
+    answer: Any, net: torch.nn.Module, pixel_values: torch.Tensor, index: int, window: int, stride: int
+) -> None:
     """Task: Captum's Occlusion with zeros, (1, 3, height, width), with its signs."""
+    pixel_values = pixel_values.to(device_of(net))
 
     def maps(stride):
         hidden = _windows(*pixel_values.shape[2:], window, stride)
@@ -82,9 +90,9 @@ def occlusion(answer, net, pixel_values, index, window, stride):
     right(f"Hiding lowers the score at {(wanted > 0).double().mean():.0%} of the pixels.")
 
 
-def needed(function, drops):
+def needed(function: Callable, drops: torch.Tensor) -> None:
     """Task: a function of signed maps, (n, 3, height, width), -> heat maps in [0, 1], (n, height, width)."""
-    wanted = drops[:, 0].detach().double().numpy()
+    wanted = drops[:, 0].detach().cpu().double().numpy()
     answers = as_array(function(drops), "The maps", wanted.shape)
     for number, (given, signed) in enumerate(zip(answers, wanted, strict=True)):
         what = f"Map {number}" if len(wanted) > 1 else "The map"
@@ -102,7 +110,7 @@ def needed(function, drops):
     right("Each map lies in [0, 1], and only what the score needs is in it.")
 
 
-def nothing_is_needed(function):
+def nothing_is_needed(function: Callable) -> None:
     """Part of the task `needed`: where no place lowers the score, the map is zero."""
     answer = as_array(function(-torch.ones(1, 3, 4, 4)), "The map of a score that needs nothing", (1, 4, 4))
     if np.abs(answer).max() > 0:
@@ -112,13 +120,16 @@ def nothing_is_needed(function):
     right("Where the score needs nothing, the map is zero.")
 
 
-def superpixel_drops(function, net, pixel_values, segments, index):
+def superpixel_drops(
+    function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, segments: torch.Tensor, index: int
+) -> None:
     """Task: a function (picture, segments, index) -> how far the score falls without each superpixel, (n,)."""
-    hidden = torch.stack([segments == i for i in segments.unique()])
+    pixel_values = pixel_values.to(device_of(net))
+    hidden = torch.stack([segments == i for i in segments.unique()]).to(pixel_values.device)
     without = _scores(net, torch.where(hidden[:, None], 0.0, pixel_values))
     alone = _scores(net, torch.where(hidden[:, None], pixel_values, 0.0))
     falls = _scores(net, pixel_values) - without
-    wanted, pixels = falls[:, index], hidden.sum(dim=(1, 2))
+    wanted, pixels = falls[:, index], hidden.sum(dim=(1, 2)).cpu()
     what = "The superpixels' list of numbers"
     given = as_array(function(pixel_values, segments, index), what)
     if given.shape == tuple(pixel_values.shape) or given.shape == tuple(segments.shape):
@@ -137,7 +148,7 @@ def superpixel_drops(function, net, pixel_values, segments, index):
     right(f"{len(wanted)} superpixels; without the most important one, the score falls by {wanted.max():.1f}.")
 
 
-def random_mask_map(function, scores, masks):
+def random_mask_map(function: Callable, scores: torch.Tensor, masks: torch.Tensor) -> None:
     """Task: a function (scores (n,), masks (n, height, width)) -> covariance of the two, (height, width)."""
     values, visible = (numbers.detach().cpu().double().numpy() for numbers in (scores, masks))
     mean_score, n = sum(values) / len(values), len(values)

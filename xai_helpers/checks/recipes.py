@@ -1,5 +1,8 @@
 """Checks of the tasks in the recipes, ResNet and ViT."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,7 +10,7 @@ from xai_helpers.checks import Wrong, as_array, right, same
 from xai_helpers.wrappers import category_index
 
 
-def rather_than(function, model, a, b):
+def rather_than(function: Callable, model: Any, a: str, b: str) -> None:
     """Task: a function (a, b), names of categories -> a target, the score of a minus the score of b."""
     target = function(a, b)
     if not callable(target):
@@ -53,7 +56,7 @@ def _gradient(target, scores):
     return torch.autograd.grad(value, scores)[0]
 
 
-def lay_out(function):
+def lay_out(function: Callable) -> None:
     """Task: a function (tokens, rows, columns) -> map, (batch, channels, rows, columns), for one prefix token."""
     batch, channels, rows, columns = 2, 5, 3, 4
     tokens = torch.randn(batch, 1 + rows * columns, channels, generator=torch.Generator().manual_seed(0))
@@ -82,7 +85,7 @@ def lay_out(function):
     right(f"{tuple(tokens.shape)} becomes {tuple(wanted.shape)}, and each patch is where it was cut out.")
 
 
-def cls_looks_at(function, attention, rows, columns):
+def cls_looks_at(function: Callable, attention: torch.Tensor, rows: int, columns: int) -> None:
     """Task: a function (attention, rows, columns) -> what CLS attends to, the mean over heads, (rows, columns)."""
     drawn = torch.randn(1, 4, 13, 13, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=-1)
     for weights, *grid in ((drawn, 3, 4), (attention, rows, columns)):

@@ -1,12 +1,14 @@
 """Checks of the tasks in the chapters on trust."""
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 
 from xai_helpers.checks import Wrong, as_array, right, same
 
 
-def share_inside(function, heat, mask):
+def share_inside(function: Callable, heat: np.ndarray, mask: np.ndarray) -> None:
     """Task: a function (heat, mask) -> the share of a map inside a mask of any resolution, a number."""
     rng = np.random.default_rng(0)
     drawn, fine = rng.random((4, 6)), rng.random((12, 18)) < 0.5
@@ -50,7 +52,7 @@ def _number(function, heat, mask):
     return float(as_array(answer, what, ()))
 
 
-def removal_rank(function, heat):
+def removal_rank(function: Callable, heat: np.ndarray) -> None:
     """Task: a function of a map -> the rank of each pixel, (height, width), 0 for the highest value."""
     drawn = np.random.default_rng(0).permutation(35).reshape(5, 7) / 35
     values = drawn.ravel()

@@ -1,16 +1,20 @@
 """Checks of the lab in which every method is written by hand."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LinearRegression
 
 from xai_helpers.checks import Wrong, alike, another, as_array, is_heat_map, is_noise, right, same
+from xai_helpers.wrappers import device_of
 
 
-def input_x_gradient(function, net, pixel_values, index):
+def input_x_gradient(function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, index: int) -> None:
     """Task: a function (net, x, index) -> the picture times the gradient of a score, of the picture's shape."""
-    x = pixel_values.detach()
+    x = pixel_values.detach().to(device_of(net))
     gradient = _gradient(net, x, index)
     mistakes = {
         "belongs to another category": x * _gradient(net, x, another(index)),
@@ -27,12 +31,14 @@ def input_x_gradient(function, net, pixel_values, index):
     right(f"The attribution adds up to {as_array(first, 'The attribution').sum():.2f}.")
 
 
-def integrated_gradients(function, net, pixel_values, index, n_steps=64):
+def integrated_gradients(
+    function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, index: int, n_steps: int = 64
+) -> None:
     """Task: a function (net, x, index, baseline, n_steps) -> Integrated Gradients, of the picture's shape.
 
     The picture is halved, which makes the check four times as fast.
     """
-    x = _halved(pixel_values)
+    x = _halved(net, pixel_values)
     baseline = torch.full_like(x, float(x.min()))
     wanted, difference = _integral(net, x, index, baseline), x - baseline
     towards_zero = _integral(net, x, index, torch.zeros_like(x))
@@ -64,13 +70,21 @@ def integrated_gradients(function, net, pixel_values, index, n_steps=64):
     right(f"The attribution adds up to {answer.sum():.2f}; from baseline to picture the score changes by {gained:.2f}.")
 
 
-def smoothed(function, attribute, net, pixel_values, index, n_samples=6, stdev=0.2):
+def smoothed(
+    function: Callable,
+    attribute: Callable,
+    net: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    index: int,
+    n_samples: int = 6,
+    stdev: float = 0.2,
+) -> None:
     """Task: a function (attribute, x, n_samples, stdev, seed) -> the mean attribution of noisy pictures.
 
     Args:
         attribute: the answer to the task `integrated_gradients`, which is smoothed at the end.
     """
-    x = _halved(pixel_values)
+    x = _halved(net, pixel_values)
 
     def run(attribution, seed, noise=stdev, samples=n_samples):
         """The answer, and the noisy pictures, (n_samples, channels, height, width)."""
@@ -118,7 +132,9 @@ def smoothed(function, attribute, net, pixel_values, index, n_samples=6, stdev=0
     )
 
 
-def lime_weights(function, net, pixel_values, index, segments):
+def lime_weights(
+    function: Callable, net: torch.nn.Module, pixel_values: torch.Tensor, index: int, segments: Any
+) -> None:
     """Task: a function (net, x, index, segments, n_samples, seed) -> a weight for each superpixel, (n_superpixels,)."""
     toy, x, cells, wanted, mean_colours = _toy(index + 1)
     constant = as_array(_called(function, toy, x, 0, cells, 400, 0), "The weights' vector", (4,))
@@ -136,7 +152,7 @@ def lime_weights(function, net, pixel_values, index, segments):
     same(_called(function, toy, x, 1, cells, 1000, 0), wanted, "The weights' vector", mistakes, tolerance=0.05)
     _is_local(as_array(_called(function, toy, x, 2, cells, 3000, 0), "The weights' vector", (4,)))
 
-    small, cells = _halved(pixel_values), np.asarray(segments)[::2, ::2]
+    small, cells = _halved(net, pixel_values), np.asarray(segments)[::2, ::2]
     n = int(cells.max()) + 1
     first, again = (as_array(_called(function, net, small, index, cells, 8 * n, 0), "The weights") for _ in range(2))
     if not np.allclose(first, again, atol=1e-4 * np.abs(first).max()):
@@ -147,7 +163,7 @@ def lime_weights(function, net, pixel_values, index, segments):
     right(f"{n} superpixels; the strongest one adds {first.max():.2f} to the score, the weakest {first.min():.2f}.")
 
 
-def to_heat_map(function, attribution=None):
+def to_heat_map(function: Callable, attribution: torch.Tensor | None = None) -> None:
     """Task: a function: attribution (1, channels, height, width) -> heat map (height, width) in [0, 1]."""
     if attribution is None:
         attribution = torch.randn(1, 3, 6, 9, generator=torch.Generator().manual_seed(3))
@@ -184,8 +200,8 @@ def _called(function, *arguments):
         return function(*arguments)
 
 
-def _halved(pixel_values):
-    return torch.nn.functional.avg_pool2d(pixel_values.detach(), 2)
+def _halved(net, pixel_values):
+    return torch.nn.functional.avg_pool2d(pixel_values.detach().to(device_of(net)), 2)
 
 
 def _score(net, pixel_values, index):
@@ -266,10 +282,8 @@ def _kernel(on):
 
 
 def _solved(on, scores, weights):
-    """Weighted least squares with an intercept, which is left out, by the normal equations."""
-    design = np.column_stack([on, np.ones(len(on))])
-    weighted = design.T * weights
-    return np.linalg.solve(weighted @ design + 1e-9 * np.eye(len(weighted)), weighted @ scores)[:-1]
+    """Weighted least squares with an intercept, which is left out."""
+    return LinearRegression().fit(on, scores, sample_weight=weights).coef_.T
 
 
 def _regression(power):
