@@ -3,6 +3,14 @@ import pytest
 from xai_helpers.checks import Wrong
 
 
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    """Tests are of the CPU, on a machine with a GPU, too; those of other devices say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XAI_DEVICE", "cpu")
+        yield
+
+
 @pytest.fixture
 def verdict(capsys):
     """verdict(check, message): the check calls an answer right, or wrong with that message (a regular expression)."""

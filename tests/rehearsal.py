@@ -8,6 +8,7 @@ written in Python. Such a device can't be unregistered; only within `accelerator
 
 import contextlib
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -137,10 +138,17 @@ def _run(func, args, kwargs):
 
 
 class _Made(TorchFunctionMode):
-    """Makes tensors of lists and arrays on the CPU and moves them, which PyTorch can't do itself for such a device."""
+    """Makes tensors of lists and arrays on the CPU, which PyTorch can't do itself for such a device.
+
+    They are moved there if they are asked for; as indices they may stay.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            index = tuple(torch.tensor(one) if isinstance(one, (list, np.ndarray)) else one for one in index)
+            return func(args[0], index, *args[2:])
         if func is torch.Tensor.new_tensor:
             func, args, kwargs = torch.tensor, args[1:], {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
         if func not in (torch.tensor, torch.as_tensor, torch.asarray, torch.eye):

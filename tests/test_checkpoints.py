@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from published import PUBLISHED
 from pytorch_grad_cam import GradCAM, HiResCAM
+from rehearsal import accelerator
 from safetensors import safe_open
 from timm.data import ImageNetInfo
 from transformers import (
@@ -52,8 +53,9 @@ IMAGENET = {0: "tench", 1: "Egyptian cat", 2: "espresso", 3: "daisy", 4: "moped"
 
 
 @pytest.fixture(autouse=True)
-def weights_are_not_set(monkeypatch):
-    monkeypatch.delenv("XAI_WEIGHTS", raising=False)
+def nothing_is_set(monkeypatch):
+    for name in ("XAI_WEIGHTS", "XAI_EXAMPLES"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module", params=THERE)
@@ -117,6 +119,39 @@ def test_weights_of_ones_own(tmp_path, monkeypatch):
     assert processor.size["height"] == 32
     model, _ = load("resnet", weights="bundled", device="cpu")
     assert model.config.num_labels == len(labels())
+
+
+def test_a_model_goes_to_the_device_that_is_given_and_else_to_that_of_the_environment(monkeypatch):
+    monkeypatch.setenv("XAI_DEVICE", "meta")
+    assert load("resnet", "bundled")[0].device.type == "meta"
+    assert load("resnet", "bundled", device="cpu")[0].device.type == "cpu"
+
+
+def test_else_a_model_goes_to_the_accelerator_if_there_is_one(monkeypatch):
+    monkeypatch.delenv("XAI_DEVICE")
+    with accelerator() as device:
+        assert load("resnet", "bundled")[0].device == device
+        monkeypatch.setenv("XAI_DEVICE", "cpu")
+        assert load("resnet", "bundled")[0].device.type == "cpu"
+
+
+def test_examples_are_on_the_models_device(bundled):
+    name, model, processor = bundled
+    (here,) = examples(model, processor, 1)
+    with accelerator() as device:
+        (there,) = examples(load(name, "bundled", device)[0], processor, 1)
+        assert there.pixel_values.device == device
+        np.testing.assert_array_equal(there.pixel_values.numpy(force=True), here.pixel_values.numpy(force=True))
+
+
+def test_the_environment_caps_the_examples(monkeypatch):
+    model, processor = load("resnet", "bundled")
+    monkeypatch.setenv("XAI_EXAMPLES", "2")
+    assert [len(examples(model, processor, n, size=64)) for n in (1, 2, 3)] == [1, 2, 2]
+    for wrong in ("0", "-1", "1.5", "few"):
+        monkeypatch.setenv("XAI_EXAMPLES", wrong)
+        with pytest.raises(ValueError, match=f"XAI_EXAMPLES is a whole number of at least 1, not '{wrong}'"):
+            examples(model, processor, 3, size=64)
 
 
 def test_unknown_names_and_folders_are_named(tmp_path):
@@ -224,6 +259,16 @@ def test_categories_that_a_model_knows(bundled, tmp_path):
         "motorcycle": "moped",
         "rocket": "space shuttle",
     }
+
+
+def test_categories_are_those_of_the_names_that_a_model_has_now(tmp_path):
+    model, _ = load("resnet", tiny(tmp_path, IMAGENET))
+    scene_categories(model).clear()  # what is handed out is the caller's own
+    assert scene_categories(model)["cat"] == "Egyptian cat"
+    model.config.id2label[1] = "egyptian_cat"
+    assert scene_categories(model)["cat"] == "egyptian_cat"
+    model.config.id2label[0] = "Egyptian Cat"  # now no one can say which is meant
+    assert "cat" not in scene_categories(model)
 
 
 @pytest.mark.parametrize(("labels", "underscores"), [("imagenet-1k", False), ("imagenet-22k", True)])

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rehearsal import accelerator
 
 from xai_helpers.checkpoints import examples, load
 from xai_helpers.leaderboard import (
@@ -15,7 +16,7 @@ from xai_helpers.leaderboard import (
     results,
     summarise,
 )
-from xai_helpers.scoring import Example, bootstrap_interval
+from xai_helpers.scoring import Example, bootstrap_interval, random_maps
 
 
 class Corner(torch.nn.Module):
@@ -48,9 +49,10 @@ def test_faithfulness_is_that_of_eval_mode_and_leaves_the_model_alone():
     (example,) = examples(model, processor, 1)
     heat = np.linspace(0, 1, 128 * 128).reshape(128, 128)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    torch.manual_seed(0)  # ROAD fills gaps with a little noise
+    state = torch.get_rng_state()  # ROAD fills gaps with a little noise
     wanted = faithfulness(model, example, heat)
-    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
     assert faithfulness(model.train(), example, heat) == wanted
     assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -62,6 +64,64 @@ def test_road_knows_the_right_map_from_its_inversion():
     heat = quarter(slice(8), slice(8))
     right, wrong = (faithfulness(Corner(), example, one)["ROAD"] for one in (heat, 1 - heat))
     assert right > 0.05 > -0.05 > wrong and right > wrong + 0.2
+
+
+def test_road_is_half_the_difference_between_the_two_shares():
+    # Grey, but for two parts that the score sums: without the map's top fifth, all of it is filled in from its grey
+    # surroundings; without the rest, all of it stays. So the picture's whole score is lost, or nothing.
+    class Dots(Corner):
+        def forward(self, pixel_values):
+            score = pixel_values[:, :, 4, 4].sum(dim=1)
+            return torch.stack([0 * score, score], dim=1)
+
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[:, :, 4, 4] = 1
+    example = Example(pixels, ["there"], np.ones((1, 16, 16), bool))
+    heat = quarter(slice(0, 9), slice(0, 5))  # 45 of 256 pixels, in a fifth of them
+    assert faithfulness(Dots(), example, heat)["ROAD"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_picture_that_scores_as_a_grey_one_has_no_faithfulness():
+    pixels = torch.zeros(1, 3, 16, 16)
+    pixels[:, :, :8, :4], pixels[:, :, :8, 4:8] = 1, -1  # they cancel out, until one of them is gone
+    example = Example(pixels, ["there"], np.ones((1, 16, 16), bool))
+    found = faithfulness(Corner(), example, quarter(slice(8), slice(4)))
+    assert found.keys() == {"ROAD", "deletion"} and np.isnan(list(found.values())).all()
+
+
+def test_each_map_is_measured_in_its_scene_and_the_first_categorys_is():
+    class Quarters(Corner):
+        config = type("Config", (), {"id2label": {0: "nothing", 1: "there", 2: "below"}})
+
+        def forward(self, pixel_values):
+            above, below = (pixel_values[:, :, rows, :8].mean(dim=(1, 2, 3)) for rows in (slice(8), slice(8, 16)))
+            return torch.stack([0 * above, above, below], dim=1)
+
+    pixels = torch.ones(1, 3, 16, 16)
+    masks = np.stack([quarter(slice(8), slice(8)), quarter(slice(8, 16), slice(8))]) > 0
+    made = [Example(pixels, ["there", "below"], masks), Example(pixels, ["below", "there"], masks[::-1])]
+    maps = {"there": masks[0].astype(np.float32), "below": masks[1].astype(np.float32)}
+    model, state = Quarters(), np.random.get_state()
+    scores = measure(model, {"right": lambda x, names: np.stack([maps[n] for n in names])}, made, n_faithful=2)
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), state, strict=True))
+    # As in the test above: the quarter of the first category is gone after 4 of 16 steps.
+    for scene, first in ((0, "there"), (1, "below")):
+        assert scores.loc[("right", scene, first), "deletion"] == pytest.approx((0 + 0.25 + 0.5 + 0.75 + 13) / 17)
+        # The random map is that of the scene's own seed.
+        wanted = faithfulness(model, made[scene], random_maps(1, 16, 16, seed=scene)[0], seed=scene)
+        assert scores.loc[("random map", scene, first), ["ROAD", "deletion"]].to_dict() == pytest.approx(wanted)
+
+
+def test_faithfulness_of_a_model_elsewhere():
+    pixels = torch.linspace(0, 1, 768).reshape(1, 3, 16, 16)
+    example, heat = Example(pixels, ["there"], np.ones((1, 16, 16), bool)), quarter(slice(8), slice(8))
+    wanted = faithfulness(Corner(), example, heat)
+    with accelerator() as device:
+        model = Corner()
+        model.register_buffer("place", torch.zeros(1, device=device))
+        for example.pixel_values in (pixels, pixels.to(device)):
+            assert faithfulness(model, example, heat) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_summary_is_over_scenes():

@@ -1,9 +1,11 @@
+import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rehearsal import accelerator
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from xai_helpers.pictures import read_picture, seen_box, widened
@@ -54,11 +56,13 @@ WHITE, RED, GREEN, BLUE = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
         # 13107 is a fifth of 65535, and 51 a fifth of 255.
         pytest.param(Image.fromarray(np.array([[0, 13107, 65535]], np.uint16)), grey(0, 51, 255), id="I;16"),
         pytest.param(Image.fromarray(np.array([[1000, 1200, 2000]], np.uint16)), grey(0, 51, 255), id="dark I;16"),
+        pytest.param(Image.fromarray(np.full((1, 2), 300, np.uint16)), grey(0, 0), id="flat I;16"),
         pytest.param(Image.fromarray(np.array([[-500, 0, 2000]], np.int32)), grey(0, 51, 255), id="I"),
         pytest.param(Image.fromarray(np.array([[-1, -0.6, 1]], np.float32)), grey(0, 51, 255), id="F"),
         pytest.param(Image.fromarray(np.full((1, 2), 7, np.float32)), grey(0, 0), id="F of one value"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_every_mode_becomes_rgb(image, wanted):
     before = image.tobytes()
     found = read_picture(image)
@@ -179,6 +183,12 @@ def test_seen_box(processor, size, box, tolerance):
 
 def test_seen_box_of_a_processor_that_has_an_image_processor():
     assert seen_box(SimpleNamespace(image_processor=CROP), (640, 480)) == seen_box(CROP, (640, 480))
+
+
+def test_seen_box_of_a_processor_that_computes_elsewhere():
+    with accelerator() as device:
+        there = functools.partial(CROP, device=device)
+        assert seen_box(there, (640, 480)) == pytest.approx(seen_box(CROP, (640, 480)), abs=0.25)
 
 
 def test_seen_box_leaves_the_processor_as_it_was():

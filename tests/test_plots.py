@@ -1,8 +1,10 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
+from rehearsal import accelerator
 
 from xai_helpers.concepts import Concepts
 from xai_helpers.plots import CONCEPT_COLOURS, overlay, show_concepts, show_maps
@@ -245,3 +247,17 @@ def test_the_scores_are_those_of_the_whole_map():
     for quantile in (0.5, 1.0):
         figure = show_maps(flat(), heat[None], "a", answers=answer[None], full_at=quantile)
         assert panels(figure)[1].get_title() == "a\nhit, 14% inside"
+
+
+def test_maps_and_answers_may_be_tensors_on_any_device():
+    maps, answers = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 4, 6)
+    answers[0, :2] = 1
+    wanted = show_maps(flat(), maps.numpy(), ["a", "b"], answers.numpy() > 0)
+    with accelerator() as device:
+        there = maps.to(device)
+        np.testing.assert_array_equal(overlay(flat(), there[0]), overlay(flat(), maps[0].numpy()))
+        for some in (there, list(there.requires_grad_())):
+            found = show_maps(flat(), some, ["a", "b"], answers.to(device) > 0)
+            for ax, other in zip(panels(found), panels(wanted), strict=True):
+                assert ax.get_title() == other.get_title()
+                np.testing.assert_array_equal(ax.get_images()[0].get_array(), other.get_images()[0].get_array())

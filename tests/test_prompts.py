@@ -140,6 +140,14 @@ def test_bad_prompts_say_what_to_do(clip, processor, prompts, message):
         PromptClassifier(clip, processor, prompts)
 
 
+def test_a_prompt_as_long_as_the_context_is_read(clip, processor):
+    whole = " ".join(["cat"] * 14)  # with the marks for start and end the 16 tokens of the context
+    assert len(processor.tokenizer(whole)["input_ids"]) == 16
+    PromptClassifier(clip, processor, whole)
+    with pytest.raises(ValueError, match="has 17 tokens; the model reads 16"):
+        PromptClassifier(clip, processor, whole + " cat")
+
+
 def test_unknown_scores_are_named(clip, processor):
     with pytest.raises(ValueError, match="scores is one of 'similarity', 'contrast', 'softmax', not 'cosine'"):
         PromptClassifier(clip, processor, PROMPTS, "cosine")

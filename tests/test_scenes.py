@@ -1,13 +1,18 @@
-import datasets
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation, uniform_filter
+from skimage import color, data
+from sklearn.datasets import load_sample_image
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
 from training import masks as cutting
 from xai_helpers import scenes
-from xai_helpers.scenes import PHOTOS, Scene, as_seen, cutouts, dataset, labels, make_scene, natural
+from xai_helpers.scenes import PHOTOS, Scene, as_seen, cutouts, labels, make_scene, natural
+from xai_helpers.scenes.backgrounds import PARTS, TEXTURES
 from xai_helpers.scenes.photos import MASKS, mask, photo
 from xai_helpers.scoring import resize_masks
 
@@ -216,26 +221,6 @@ def test_held_out_distractors_are_in_test_scenes_only():
         assert found == ({0, 1, 2} if split == "test" else set())
 
 
-def test_dataset_has_the_scenes_of_make_scene():
-    made = dataset(3, seed=5, objects=["cat", "coin"], size=64, distractors=1, split="validation")
-    assert isinstance(made, datasets.Dataset) and len(made) == 3
-    assert set(made.features) == {"image", "labels", "masks"}
-    assert isinstance(made.features["image"], datasets.Image)
-    assert made.features["labels"].feature.names == labels()
-    for i, found in enumerate(made):
-        scene = make_scene(5 + i, ["cat", "coin"], 64, distractors=1, split="validation")
-        np.testing.assert_array_equal(np.asarray(found["image"]), np.asarray(scene.image))
-        assert [labels()[label] for label in found["labels"]] == ["cat", "coin"]
-        assert len(found["masks"]) == 2
-        for image, seen in zip(found["masks"], scene.masks, strict=True):
-            np.testing.assert_array_equal(np.asarray(image).astype(bool), seen)
-
-
-def test_dataset_of_empty_scenes():
-    made = dataset(2, objects=0, size=64)
-    assert made[1]["labels"] == [] and made[1]["masks"] == []
-
-
 # Points of the photos, x and y, that lie on an object and beside it.
 POINTS = {
     ("astronaut", "astronaut"): ([(225, 105), (140, 316)], [(28, 112), (417, 140), (300, 40)]),
@@ -313,15 +298,36 @@ def test_masks_are_those_that_training_cuts():
         assert overlap(cut.astype(bool), mask(name)) > 0.98, name
 
 
-@pytest.mark.parametrize("n", [0, -1, 1.5])
-def test_a_dataset_has_a_row_at_least(n):
-    with pytest.raises(ValueError, match=f"n is 1 or more, not {n}"):
-        dataset(n, size=64)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
 def test_a_picture_as_thin_as_a_pixel_is_seen(size):
     scene = Scene(Image.new("RGB", size, (9, 99, 199)), ["cat"], np.ones((1, *size[::-1]), bool))
     seen = as_seen(scene, ViTImageProcessor())
     assert seen.image.size == size and seen.image.getcolors() == [(size[0] * size[1], (9, 99, 199))]
     assert seen.masks.shape == scene.masks.shape and seen.masks.all()
+
+
+SHIPPED = {name for name, _ in PARTS} | set(TEXTURES) | {source for source, *_ in cutouts.OBJECTS.values()}
+SHIPPED |= {"camera", "colorwheel", "horse", "logo", "moon", "retina", "shepp_logan_phantom"}  # the distractors
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_a_photo_is_what_its_package_loads(name):
+    """Bit by bit: the bundled models were trained on these pixels."""
+    if name in ("china", "flower"):
+        wanted = load_sample_image(f"{name}.jpg")
+    else:
+        wanted = data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
+    wanted = color.gray2rgb(wanted) if wanted.ndim == 2 else wanted[..., :3]
+    if name == "shepp_logan_phantom":  # read as grey, its last bit may differ; in single precision none does
+        assert photo(name).dtype == wanted.dtype
+        wanted, found = np.float32(wanted), np.float32(photo(name))
+    else:
+        wanted, found = np.uint8(wanted * 255 if wanted.dtype == bool else wanted), photo(name)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_photos_packages_are_not_imported():
+    code = "import sys; from xai_helpers.scenes import make_scene; [make_scene(i, size=64) for i in range(20)]"
+    code += "; print({'skimage', 'sklearn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

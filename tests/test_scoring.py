@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rehearsal import accelerator
 
 from xai_helpers.scoring import (
     Example,
@@ -388,3 +389,53 @@ def test_edges_and_curves_of_pictures_in_other_precisions(dtype):
 def test_no_maps_are_no_hits():
     nothing = np.zeros((0, 8, 8))
     assert hits(nothing, nothing).shape == energy_inside(nothing, np.zeros((0, 9, 9), bool)).shape == (0,)
+
+
+def test_maps_may_be_tensors_on_any_device():
+    maps, masks = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 4, 6, dtype=bool)
+    masks[0, :, :3], masks[1, :, 3:] = True, True
+    with accelerator() as device:
+        there, there_masks = maps.to(device), masks.to(device)
+        for score in (hits, energy_inside, strongest_inside):
+            for some in (there, list(there)):
+                np.testing.assert_array_equal(score(some, there_masks), score(maps.numpy(), masks.numpy()))
+        many = torch.rand(2, 10, 10, generator=torch.Generator().manual_seed(0))
+        assert likeness(many[0].to(device), many[1]) == likeness(*many.numpy())
+
+
+def test_curves_and_edges_of_a_picture_on_any_device():
+    pixels = torch.zeros(1, 3, 8, 8)
+    pixels[:, :, :, 4:] = 1
+    heat = np.arange(64.0).reshape(8, 8)
+    black = torch.full((1, 3, 1, 1), -1.0, dtype=torch.float64)
+    wanted = perturbation_curves(left_pixels, pixels, heat, black, steps=4)
+    with accelerator() as device:
+        there = pixels.to(device)
+        np.testing.assert_array_equal(edge_maps(1, there), edge_maps(1, pixels))
+        found = perturbation_curves(
+            left_pixels, there, torch.tensor(heat, dtype=torch.float32).to(device), black, steps=4
+        )
+        np.testing.assert_allclose(found, wanted)
+
+
+def test_the_sanity_check_of_a_model_elsewhere_leaves_the_random_state():
+    torch.manual_seed(0)
+    model, example = TwoParts(), Example(torch.randn(1, 3, 16, 16), ["a"], np.ones((1, 16, 16), bool))
+
+    def methods_of(net):
+        return {"body": lambda x, names: net.body(x).abs().sum(dim=1).detach()}  # a tensor on the model's device
+
+    with accelerator() as device:
+        example.pixel_values = example.pixel_values.to(device)
+        state = torch.get_rng_state()
+        table = sanity_check(model.to(device), {"the head": "head", "the body": "body"}, methods_of, [example], seeds=1)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert table.loc["the head", "body"] == pytest.approx(1) and table.loc["the body", "body"] < 0.95
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_the_sanity_check_leaves_the_accelerators_random_state():
+    device = torch.get_device_module(torch.accelerator.current_accelerator())
+    state = device.get_rng_state()
+    sanity_check(TwoParts(), {"the head": "head"}, lambda net: {}, [])
+    assert torch.equal(device.get_rng_state(), state)

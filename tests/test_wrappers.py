@@ -417,6 +417,21 @@ def test_passes_are_counted():
     assert passed == {"pictures": 5, "backward passes": 2}
 
 
+def test_pictures_of_a_list_are_counted_and_a_backward_pass_of_any_of_their_scores():
+    class Detector(torch.nn.Module):
+        """Takes a list of pictures of any size, as torchvision's detectors do."""
+
+        def forward(self, options, pictures):
+            return [{"scores": picture.mean(dim=(1, 2))} for picture in pictures]
+
+    model, pictures = Detector(), [torch.ones(3, 4, 4, requires_grad=True), torch.ones(3, 5, 2, requires_grad=True)]
+    with count_passes(model) as passed:
+        first, second = model("fast", pictures)
+        (first["scores"].sum() + second["scores"].sum()).backward(retain_graph=True)  # one, though of two pictures
+        second["scores"][0].backward()
+    assert passed == {"pictures": 2, "backward passes": 2}
+
+
 def test_an_explanation_of_three_categories_is_one_picture_and_one_backward_pass():
     model, x = tiny_resnet(), torch.randn(1, 3, 32, 32)
     with count_passes(model) as passed:

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from xai_helpers.checkpoints import default_device
 from xai_helpers.scenes import PHOTOS, labels, make_scene, natural
 
-DEVICE = torch.device(
-    os.environ.get("XAI_DEVICE") or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-)
+DEVICE = default_device()
 SIDE, MEAN, STD = 128, 0.5, 0.5
 FALSE_ALARMS = 0.02  # share of object-free validation scenes in which the chosen threshold finds an object
 

@@ -2,26 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
-    AutoProcessor,
-)
 
-from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene
 from xai_helpers.scoring import Example
-from xai_helpers.wrappers import category_index, device_of
+from xai_helpers.wrappers import device_of, matching_categories
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -51,15 +44,15 @@ FINDERS = {
 }
 
 #: Models that were trained to have a fault, which nobody published.
-FAULTY = {"resnet-shortcut": None}
+FAULTY: dict[str, None] = {"resnet-shortcut": None}
 
-#: name -> the classes that load it, and the module of `training` that made it. The others are classifiers.
-#: :meta hide-value:
+#: name -> the class of transformers that loads it, and the module of `training` that made it. The others are
+#: classifiers. The Faster R-CNN is none of transformers'.
 KINDS = {
-    **dict.fromkeys(CLIPS, (AutoModel, AutoProcessor, "clip")),
-    "yolos": (AutoModelForObjectDetection, AutoImageProcessor, "detector"),
-    "faster-rcnn": (SceneFasterRCNN, AutoImageProcessor, "detector"),
-    "segmenter": (AutoModelForSemanticSegmentation, AutoImageProcessor, "segmenter"),
+    **dict.fromkeys(CLIPS, ("AutoModel", "clip")),
+    "yolos": ("AutoModelForObjectDetection", "detector"),
+    "faster-rcnn": (None, "detector"),
+    "segmenter": ("AutoModelForSemanticSegmentation", "segmenter"),
 }
 
 #: Category of the scenes -> its name among ImageNet's 1000. They have no coin, astronaut or pagoda. The label set of
@@ -84,19 +77,27 @@ HUB_BOXES = {
 }
 
 
-def chosen_weights(weights=None):
+def chosen_weights(weights: str | Path | None = None) -> str | Path:
     """Which weights a call uses: `weights`, else the environment's XAI_WEIGHTS, else "bundled"."""
     return weights or os.environ.get("XAI_WEIGHTS") or "bundled"
 
 
-def load(name, weights=None, device=None):
+def default_device() -> torch.device:
+    """Where `load` puts a model: on the environment's XAI_DEVICE, else the accelerator, if there is one, else the CPU."""
+    if name := os.environ.get("XAI_DEVICE"):
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load(name: str, weights: str | Path | None = None, device: torch.device | str | None = None) -> tuple[Any, Any]:
     """Load a model, in eval mode, and its processor.
 
     Args:
         name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`, `FINDERS` or `FAULTY`.
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
-        device: where the model goes, as in `torch.device`. None: the environment's XAI_DEVICE, else the CPU.
+        device: where the model goes, as in `torch.device`. None: the environment's XAI_DEVICE, else the accelerator, if
+            there is one, else the CPU.
 
     Returns:
         (model, processor): a transformers model for image classification in float32, and its image processor; for one
@@ -107,34 +108,42 @@ def load(name, weights=None, device=None):
         ValueError: an unknown name, published weights of one of `FAULTY`, or a folder whose weights lack a part of the
             model, such as its head.
         OSError: the checkpoint is not there and cannot be fetched.
+
+    Example:
+        >>> model, processor = load("resnet", weights="bundled", device="cpu")
+        >>> type(model).__name__, model.training, model.device
+        ('ResNetForImageClassification', False, device(type='cpu'))
     """
+    import transformers  # late, as its classes: they take a second
+
     published = HUB | CLIPS | FINDERS | FAULTY
     if name not in published:
         raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(published)}.")
-    model_class, processor_class, trained_by = KINDS.get(
-        name, (AutoModelForImageClassification, AutoImageProcessor, "classifier")
-    )
+    model_class, trained_by = KINDS.get(name, ("AutoModelForImageClassification", "classifier"))
     weights = chosen_weights(weights)
-    source = {"bundled": BUNDLED / name, "hub": published[name]}.get(weights, weights)
+    source = {"bundled": BUNDLED / name, "hub": published[name]}.get(str(weights), weights)
     if source is None:
         raise ValueError(f"{name!r} has a fault that is to be found; it is bundled only: load({name!r}, 'bundled').")
-    if weights == "bundled" and not source.is_dir():
+    if weights == "bundled" and not Path(source).is_dir():
         elsewhere = f'; or use the published one: load({name!r}, weights="hub")' if published[name] else ""
         raise OSError(
             f"The checkpoint {name!r} is not bundled yet. In a clone of the project, train it: python -m "
             f"training.{trained_by} {name}{elsewhere}."
         )
     try:
-        if model_class is SceneFasterRCNN:
+        if model_class is None:
+            from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
+
             if weights == "hub":
-                model, processor = published_faster_rcnn(source)
+                model, processor = published_faster_rcnn(str(source))
             else:
-                processor = processor_class.from_pretrained(source)
+                processor = transformers.AutoImageProcessor.from_pretrained(source)
                 with contextlib.redirect_stdout(None):  # it prints where it reads from
-                    model = model_class.from_pretrained(source)
+                    model = SceneFasterRCNN.from_pretrained(source)
         else:
+            processor_class = transformers.AutoProcessor if name in CLIPS else transformers.AutoImageProcessor
             processor = processor_class.from_pretrained(source)
-            model, found = model_class.from_pretrained(
+            model, found = getattr(transformers, model_class).from_pretrained(
                 source,
                 dtype=torch.float32,
                 use_safetensors=True if weights == "bundled" else None,
@@ -149,10 +158,10 @@ def load(name, weights=None, device=None):
                 )
     except OSError as error:
         raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
-    return model.to(device or os.environ.get("XAI_DEVICE") or "cpu").eval(), processor
+    return model.to(device or default_device()).eval(), processor
 
 
-def example_scene(weights=None):
+def example_scene(weights: str | Path | None = None) -> Scene:
     """A picture with two categories and their answers, for the weights that `load` would use.
 
     Bundled: a test scene with a cat and a coffee cup. Hub: the picture huggingface/cats-image with the boxes of its
@@ -180,26 +189,33 @@ def example_scene(weights=None):
     return Scene(image, list(HUB_BOXES), masks)
 
 
-def scene_categories(model):
+def scene_categories(model: Any) -> dict[str, str]:
     """The categories of the scenes that a model knows: scene category -> the model's own name for it."""
-    names = model.config.id2label
-    if set(labels()) <= set(names.values()):
+    return dict(_scene_categories(tuple(model.config.id2label.values())))
+
+
+@functools.lru_cache(maxsize=16)  # of label sets, which may have 21,841 names, and no model
+def _scene_categories(names):
+    if set(labels()) <= set(names):
         return {name: name for name in labels()}
     found = {}
     for known in (IMAGENET_NAMES, COCO_NAMES, ADE_NAMES):
         for category, name in known.items():
-            with contextlib.suppress(ValueError):  # a category that the model does not know
-                found.setdefault(category, names[category_index(model, name)])
+            indices = matching_categories(dict(enumerate(names)), name)
+            if len(indices) == 1:
+                found.setdefault(category, names[indices[0]])
     return found
 
 
-def examples(model, processor, n, split="test", objects=2, size=256):
+def examples(
+    model: Any, processor: Any, n: int, split: str = "test", objects: int = 2, size: int = 256
+) -> list[Example]:
     """Scenes as a model gets them, with their answers: what `scoring.score_table` scores methods on.
 
     Args:
         model, processor: as `load` gives them. Only objects that the model has a category for are drawn.
         n: how many. They are the scenes of `make_scene` with the seeds 0, 1, 2 and so on; one is left out if the
-            processor crops an object away. The environment's XAI_EXAMPLES caps the number, for a quick try.
+            processor crops an object away. The environment's XAI_EXAMPLES, a whole number, caps it: for a quick try.
         split: "test" to score; "validation" to choose, a layer for example.
         objects: how many objects a scene has.
         size: at which resolution the scenes are made, in pixels.
@@ -208,7 +224,14 @@ def examples(model, processor, n, split="test", objects=2, size=256):
         A list of `Example` objects.
 
     Raises:
-        ValueError: the model knows fewer than `objects` of the scenes' categories.
+        ValueError: the model knows fewer than `objects` of the scenes' categories, or XAI_EXAMPLES is no whole number
+            of at least 1.
+
+    Example:
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> [example] = examples(model, processor, 1)
+        >>> len(example.categories), example.masks.shape
+        (2, (2, 256, 256))
     """
     names = scene_categories(model)
     if len(names) < objects:
@@ -217,18 +240,18 @@ def examples(model, processor, n, split="test", objects=2, size=256):
         )
     if cap := os.environ.get("XAI_EXAMPLES"):
         if not cap.isdecimal() or int(cap) < 1:
-            raise ValueError(f"XAI_EXAMPLES is a whole number of at least 1, not {cap!r}.")
+            raise ValueError(f"XAI_EXAMPLES is a whole number of at least 1, not {cap!r}: set another, or unset it.")
         n = min(n, int(cap))
-    made = []
-    for seed in itertools.count():
-        if len(made) == n:
-            return made
-        example = as_example(make_scene(seed, objects, size, split=split, among=list(names)), model, processor)
+    made: list[Example] = []
+    seeds = itertools.count()
+    while len(made) < n:
+        example = as_example(make_scene(next(seeds), objects, size, split=split, among=list(names)), model, processor)
         if example.masks.any(axis=(1, 2)).all():
             made.append(example)
+    return made
 
 
-def as_example(scene, model, processor):
+def as_example(scene: Scene, model: Any, processor: Any) -> Example:
     """A scene as a model gets it.
 
     Args:

@@ -4,7 +4,9 @@
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,7 @@ from xai_helpers.cam import explain
 from xai_helpers.recipes import RECIPES
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scoring import (
+    Example,
     bootstrap_interval,
     centre_dots,
     edge_maps,
@@ -46,7 +49,7 @@ CAMS = {
     "RandomCAM": grad_cam.RandomCAM,
 }
 #: Captum's, each with the options of its `attribute`.
-PIXELS = {
+PIXELS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "gradient": (Saliency, {}),
     "input x gradient": (InputXGradient, {}),
     "SmoothGrad": (
@@ -60,7 +63,7 @@ SLOW = ["Ablation-CAM", "Score-CAM", "FullGrad", "SmoothGrad", "integrated gradi
 BASELINES = ["random map", "centre dot", "edges", "RandomCAM"]
 
 
-def target_layer(name, model, pixel_values):
+def target_layer(name: str, model: Any, pixel_values: torch.Tensor) -> tuple[torch.nn.Module, Callable | None]:
     """The layer at which a family's CAMs are made: that of its recipe, or the better one that its chapter found.
 
     Returns:
@@ -68,14 +71,17 @@ def target_layer(name, model, pixel_values):
     """
     if name == "swin":
         stride = model.config.patch_size * 2 ** (len(model.config.depths) - 1)
-        grid = [side // stride for side in pixel_values.shape[2:]]
+        height, width = pixel_values.shape[2:]
+        grid = height // stride, width // stride
         norm = model.swin.encoder.layers[-1].blocks[0].layernorm_before
         return norm, functools.partial(tokens_to_map, grid=grid, prefix=0)
     layer = RECIPES[name.removesuffix("-shortcut")].cam(model, pixel_values)
     return layer.module, layer.reshape_transform
 
 
-def methods_for(name, model, pixel_values, layer=None):
+def methods_for(
+    name: str | None, model: Any, pixel_values: torch.Tensor, layer: tuple | None = None
+) -> dict[str, Callable]:
     """All methods that can explain a model: name -> function (pixel_values, categories) -> maps.
 
     Args:
@@ -84,13 +90,16 @@ def methods_for(name, model, pixel_values, layer=None):
         layer: where the CAMs are made, (module, reshape_transform). None: at the `target_layer` of the family; with a
             layer of your own, the name is not used.
     """
-    layer = layer or target_layer(name, model, pixel_values)
-    methods = {key: lambda x, names, cam=cam: explain(model, x, names, *layer, method=cam) for key, cam in CAMS.items()}
+    module, reshape_transform = layer or target_layer(str(name), model, pixel_values)
+    methods: dict[str, Callable] = {
+        key: functools.partial(explain, model, target_layer=module, reshape_transform=reshape_transform, method=cam)
+        for key, cam in CAMS.items()
+    }
     if isinstance(model.config, ResNetConfig):
-        methods["FullGrad"] = lambda x, names: explain(model, x, names, layer[0], method=grad_cam.FullGrad)
+        methods["FullGrad"] = functools.partial(explain, model, target_layer=module, method=grad_cam.FullGrad)
     if hasattr(model, "vit"):
         methods["rollout"] = lambda x, names: np.repeat(rollout(model, x), len(names), axis=0)
-        methods["relevance"] = lambda x, names: relevance(model, x, names)
+        methods["relevance"] = functools.partial(relevance, model)
     pixels = {**PIXELS, "guided backprop": (GuidedBackprop, {})} if isinstance(model.config, ResNetConfig) else PIXELS
     for key, (method, options) in pixels.items():
         methods[key] = functools.partial(attribute, model, method=method, **options)
@@ -100,35 +109,44 @@ def methods_for(name, model, pixel_values, layer=None):
     return methods
 
 
-def faithfulness(model, example, heat, seed=0):
+def faithfulness(model: torch.nn.Module, example: Example, heat: np.ndarray, seed: int = 0) -> dict[str, float]:
     """How much the score of an example's first category depends on what a map shows; the higher, the more.
 
     Args:
         model: a classification model.
         example: an `Example`.
         heat: the map of its first category, (height, width) in [0, 1].
-        seed: of the order among equal values.
+        seed: of the order among equal values, and of the noise that ROAD adds to what it fills in.
 
     Returns:
         Two shares of the way from the picture's score down to that of a grey picture. "ROAD" (Rong et al., ICML 2022)
         is half the difference between what is lost without the map's top fifth and without all but it, "deletion"
-        (RISE) what is lost on average while pixels turn grey in the map's order.
+        (RISE) what is lost on average while pixels turn grey in the map's order. Both are NaN where picture and grey
+        score alike.
     """
     x, index = input_for(model, example.pixel_values), category_index(model, example.categories[0])
     scorer = LogitsModel(model)
     broken = heat + 1e-4 * np.random.default_rng(seed).random(heat.shape)  # ROAD removes all equal values at once
-    broken = np.float32(broken / broken.max())[None]
+    broken = (broken / broken.max()).astype(np.float32)[None]
     target = category_targets(model, example.categories[:1])
-    with frozen(scorer), torch.no_grad():
+    with frozen(scorer), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
         full, grey = (scorer(picture)[0, index].item() for picture in (x, torch.zeros_like(x)))
         single, as_single = x.float(), lambda pictures: scorer(pictures.to(x))  # ROAD works in single precision
         most = ROADMostRelevantFirst(80)(single, broken, target, as_single)[0]
         least = ROADLeastRelevantFirst(20)(single, broken, target, as_single)[0]
         deletion, _ = perturbation_curves(lambda pictures: scorer(pictures)[:, index], x, heat, baseline=0, seed=seed)
-    return {"ROAD": (least - most) / 2 / (full - grey), "deletion": (full - deletion.mean()) / (full - grey)}
+    way = full - grey or np.nan
+    return {"ROAD": (least - most) / 2 / way, "deletion": (full - deletion.mean()) / way}
 
 
-def measure(model, methods, examples, n_faithful=0, seed=0):
+def measure(
+    model: torch.nn.Module,
+    methods: dict[str, Callable],
+    examples: Sequence[Example],
+    n_faithful: int = 0,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Score methods map by map.
 
     Args:
@@ -140,8 +158,7 @@ def measure(model, methods, examples, n_faithful=0, seed=0):
     Returns:
         What `scoring.score_maps` returns, with the baselines, and the columns of `faithfulness` beside.
     """
-    np.random.seed(seed)  # RandomCAM draws from numpy's global generator
-    kept = {}
+    kept: dict[str, list[np.ndarray]] = {}
 
     def keep(key, method):
         def kept_method(x, names):
@@ -151,10 +168,15 @@ def measure(model, methods, examples, n_faithful=0, seed=0):
 
         return kept_method
 
-    size = examples[0].pixel_values.shape[2:]
-    scores = score_maps({key: keep(key, method) for key, method in methods.items()}, examples)
-    kept["centre dot"] = [centre_dots(1, *size)[0]] * len(examples)
-    kept["random map"] = [random_maps(1, *size, seed=i)[0] for i in range(len(examples))]
+    height, width = examples[0].pixel_values.shape[2:]
+    state = np.random.get_state()
+    try:
+        np.random.seed(seed)  # RandomCAM draws from numpy's global generator
+        scores = score_maps({key: keep(key, method) for key, method in methods.items()}, examples)
+    finally:
+        np.random.set_state(state)
+    kept["centre dot"] = [centre_dots(1, height, width)[0]] * len(examples)
+    kept["random map"] = [random_maps(1, height, width, seed=i)[0] for i in range(len(examples))]
     rows = {
         (key, i, example.categories[0]): faithfulness(model, example, maps[i], seed=i)
         for key, maps in kept.items()
@@ -166,7 +188,7 @@ def measure(model, methods, examples, n_faithful=0, seed=0):
     return scores.join(found.reindex(scores.index))
 
 
-def summarise(scores):
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     """The mean of each score over scenes, with its 95 % `bootstrap_interval`.
 
     Args:
@@ -185,7 +207,7 @@ def summarise(scores):
     return pd.DataFrame(rows, columns=["method", "score", "mean", "from", "to", "scenes"])
 
 
-def results():
+def results() -> pd.DataFrame:
     """The full table: what `summarise` returns for each of `MODELS`, with a column "model" in front.
 
     Returns:

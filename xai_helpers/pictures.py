@@ -1,6 +1,7 @@
 """Any picture -> RGB, and the part of it that a processor shows to the model."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from PIL import Image, ImageOps
 RAMP_START, RAMP_SPAN = 10, 235  # of the colours by which `seen_box` marks coordinates
 
 
-def read_picture(source):
+def read_picture(source: str | Path | Image.Image) -> Image.Image:
     """Open a picture of any mode as RGB, upright.
 
     Args:
@@ -22,18 +23,22 @@ def read_picture(source):
     Raises:
         ValueError: `source` is neither, it cannot be read as a picture, it has no pixels or more than PIL takes for a
             safe number, or it has values that are not finite.
+
+    Example:
+        >>> read_picture(Image.new("RGBA", (3, 2))).getpixel((0, 0))  # transparent
+        (255, 255, 255)
     """
     if isinstance(source, (str, Path)):
         try:
-            image = Image.open(source)
-            image.load()
+            opened = Image.open(source)
+            opened.load()
         except Image.DecompressionBombError as error:
             raise ValueError(f"{source} is too large to be read as a picture: {error}. Make it smaller.") from error
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"{source} cannot be read as a picture: {error}. Save it as PNG or JPEG and try again."
             ) from error
-        source = image
+        source = opened
     if not isinstance(source, Image.Image):
         raise ValueError(
             f"A picture is a path or a PIL image, not {type(source).__name__}. Make one with PIL.Image.fromarray."
@@ -55,7 +60,7 @@ def read_picture(source):
     return image.convert("RGB")
 
 
-def seen_box(processor, size):
+def seen_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part of a picture that a processor shows to the model, in pixels of the picture.
 
     The processor itself is asked: it is given a picture whose colours are its coordinates, and a line through what
@@ -79,14 +84,14 @@ def seen_box(processor, size):
     ramp[..., 0] += noise[..., 0] - noise[::-1, :, 0]
     ramp[..., 1] += noise[..., 1] - noise[:, ::-1, 1]
     picture = Image.fromarray(ramp.round().astype(np.uint8))
-    as_it_is = {"do_normalize": False, "do_rescale": False}
+    as_it_is = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
     if getattr(processor, "do_flip_channel_order", False):  # of MobileViT, which was trained on blue, green, red
         as_it_is["do_flip_channel_order"] = False
-    out = np.asarray(processor(picture, return_tensors="np", **as_it_is)["pixel_values"][0], np.float64)
+    out = processor(picture, **as_it_is)["pixel_values"][0].numpy(force=True).astype(np.float64)
     inside = out[2] > 254
     edges = []
     for channel, length, axis in ((0, width, 0), (1, height, 1)):
-        valid = np.flatnonzero(inside.any(axis=axis))[2:-2]  # resampling bends the ramp at its ends
+        valid = np.flatnonzero(inside.any(axis=axis))
         values = np.where(inside, out[channel], np.nan)
         means = np.nanmean(values[:, valid] if channel == 0 else values[valid], axis=axis)
         slope, offset = np.polyfit(valid + 0.5, (means - RAMP_START) / RAMP_SPAN * length, 1)
@@ -95,7 +100,7 @@ def seen_box(processor, size):
     return left, top, right, bottom
 
 
-def widened(pixel_values, image):
+def widened(pixel_values: torch.Tensor, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:
     """Stretches an input and its picture to one and a half times their width, to try a recipe on another shape.
 
     Args:

@@ -1,13 +1,21 @@
 """Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], transparent to dark red."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
 
 from xai_helpers.pictures import read_picture
-from xai_helpers.scoring import energy_inside, hits, resize_masks
+from xai_helpers.scoring import energy_inside, hits, resize_masks, without_device
+
+if TYPE_CHECKING:
+    from xai_helpers.concepts import Concepts
 
 GREY = 0.55  # the grey under the colour bar, that of a middling picture
 OPACITY = np.linspace(0, 0.85, 256) ** 0.7
@@ -16,7 +24,7 @@ HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None])
 CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
 
 
-def overlay(image, heat, full_at=1.0):
+def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.ndarray:
     """Lay a map over a grey version of the image: the higher the value, the redder and the less transparent.
 
     Args:
@@ -33,7 +41,7 @@ def overlay(image, heat, full_at=1.0):
     """
     if not 0 < full_at <= 1:
         raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
-    heat = np.asarray(heat, np.float32)
+    heat = np.asarray(without_device(heat), np.float32)
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
         raise ValueError(
             f"A map is wanted as (height, width) in [0, 1], not {heat.shape} in [{heat.min():.3g}, {heat.max():.3g}]."
@@ -47,12 +55,19 @@ def overlay(image, heat, full_at=1.0):
     return ((opacity * HEAT[index] + (1 - opacity) * grey) * 255).round().astype(np.uint8)
 
 
-def show_maps(image, maps, titles, answers=None, full_at=1.0):
+def show_maps(
+    image: Image.Image,
+    maps: np.ndarray | Sequence[np.ndarray],
+    titles: str | Sequence[str],
+    answers: np.ndarray | Sequence[np.ndarray] | None = None,
+    full_at: float = 1.0,
+) -> Figure:
     """Show the image and each map over it, all on one scale. With answers, their outlines and the scores are drawn too.
 
     Args:
         image: the picture that the model saw (see `scenes.as_seen`), at any resolution.
-        maps: (n, height, width) in [0, 1], or n maps that have sizes of their own, such as those of several models.
+        maps: (n, height, width) in [0, 1], or n maps that have sizes of their own, such as those of several models;
+            arrays, or tensors on any device.
         titles: one a map.
         answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
             ("hit" or "miss", see `scoring.hits`) and which share of the map does ("inside").
@@ -64,8 +79,18 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
 
     Raises:
         ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
+
+    Example:
+        >>> heat = np.eye(4)[None, :1].repeat(4, axis=1)  # the left column of four
+        >>> figure = show_maps(Image.new("RGB", (64, 64)), heat, ["cat"], answers=heat > 0)
+        >>> print(figure.axes[1].get_title())
+        cat
+        hit, 100% inside
+        >>> plt.close(figure)
     """
-    maps, titles = [np.asarray(one) for one in maps], [titles] if isinstance(titles, str) else list(titles)
+    maps = [np.asarray(without_device(one)) for one in maps]
+    titles = [titles] if isinstance(titles, str) else list(titles)
+    answers = None if answers is None else [np.asarray(without_device(answer)) for answer in answers]
     if len(maps) != len(titles) or (answers is not None and len(answers) != len(maps)):
         raise ValueError(
             f"{len(maps)} maps need as many titles and answers, "
@@ -109,7 +134,7 @@ def show_maps(image, maps, titles, answers=None, full_at=1.0):
     return figure
 
 
-def outline(ax, answer, image):
+def outline(ax: plt.Axes, answer: np.ndarray, image: Image.Image) -> None:
     """Draw the outline of a mask on an axis that shows the image: white, with a dark edge to be seen on any ground."""
     for width, colour in ((3.2, "black"), (1.6, "white")):
         mask = np.pad(answer, 1).astype(np.float32)
@@ -121,7 +146,7 @@ def outline(ax, answer, image):
     ax.set(xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
 
 
-def show_concepts(image, concepts, labels):
+def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str]) -> Figure:
     """Show each concept of `factorize` over the image in a colour of its own, and all of them together with a legend.
 
     A pixel of the joint picture has the colour of the concept that is strongest there, the stronger the more opaque.

@@ -1,15 +1,21 @@
 """How well a map hits a known answer, how sure that is, and whether a score depends on what the map shows."""
 
 import copy
+import itertools
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
-from scipy.stats import spearmanr
+
+if TYPE_CHECKING:  # imported late below: only tables need it
+    import pandas as pd
+
+Methods = Mapping[str, Callable[[torch.Tensor, list[str]], np.ndarray]]
 
 
 @dataclass
@@ -29,9 +35,16 @@ class Example:
     image: Image.Image | None = None
 
 
-def resize_masks(masks, height, width):
+def without_device(values: Any) -> Any:
+    """A tensor on any device as an array, and a list of tensors as one of arrays; anything else as it is."""
+    if isinstance(values, (list, tuple)):
+        return [without_device(value) for value in values]
+    return values.numpy(force=True) if isinstance(values, torch.Tensor) else values
+
+
+def resize_masks(masks: np.ndarray, height: int, width: int) -> np.ndarray:
     """Masks, bool (n, height, width), brought to another size: a pixel is inside where at least half of it was."""
-    masks = np.asarray(masks, bool)
+    masks = np.asarray(without_device(masks), bool)
     if masks.shape[1:] == (height, width):
         return masks
     return np.array(
@@ -40,7 +53,7 @@ def resize_masks(masks, height, width):
 
 
 def _pair(maps, masks):
-    maps, masks = np.asarray(maps, np.float64), np.asarray(masks)
+    maps, masks = np.asarray(without_device(maps), np.float64), np.asarray(without_device(masks))
     if maps.ndim != 3 or masks.ndim != 3 or len(maps) != len(masks):
         raise ValueError(
             f"maps of shape {maps.shape} and masks of shape {masks.shape} do not pair up: both are wanted as "
@@ -51,11 +64,11 @@ def _pair(maps, masks):
     return maps, resize_masks(masks, *maps.shape[1:])
 
 
-def hits(maps, masks):
+def hits(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """The pointing game (Zhang et al., IJCV 2018), without a tolerance: does the maximum lie on the object?
 
     Args:
-        maps: (n_categories, height, width), not negative.
+        maps: (n_categories, height, width), not negative; an array, or a tensor on any device, as all maps and masks.
         masks: bool, (n_categories, height, width) at any resolution of the same picture.
 
     Returns:
@@ -64,6 +77,12 @@ def hits(maps, masks):
 
     Raises:
         ValueError: the shapes do not pair up, or a map has negative or non-finite values.
+
+    Example:
+        >>> maps = np.array([[[0.1, 0.6], [0.2, 0.1]], [[0.9, 0], [0, 0.1]]])
+        >>> masks = np.array([[[0, 1], [0, 0]], [[0, 0], [0, 1]]], bool)
+        >>> hits(maps, masks).tolist()
+        [True, False]
     """
     maps, masks = _pair(maps, masks)
     peaks = [m == m.max() for m in maps]
@@ -72,20 +91,26 @@ def hits(maps, masks):
     )
 
 
-def energy_inside(maps, masks):
+def energy_inside(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """The share of a map inside the mask: the energy-based pointing game (Wang et al., Score-CAM, CVPRW 2020).
 
     Args and errors are those of `hits`.
 
     Returns:
         float, (n_categories,), in [0, 1]; 0 for a map that is zero everywhere.
+
+    Example:
+        >>> maps = np.array([[[0.1, 0.6], [0.2, 0.1]], [[0.9, 0], [0, 0.1]]])
+        >>> masks = np.array([[[0, 1], [0, 0]], [[0, 0], [0, 1]]], bool)
+        >>> energy_inside(maps, masks).round(2).tolist()
+        [0.6, 0.1]
     """
     maps, masks = _pair(maps, masks)
     total = maps.sum(axis=(1, 2))
     return (maps * masks).sum(axis=(1, 2)) / np.where(total > 0, total, 1)
 
 
-def strongest_inside(maps, masks):
+def strongest_inside(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Which map rules inside which mask: the share of each mask's pixels in which each map is the strongest of all.
 
     Args:
@@ -95,14 +120,14 @@ def strongest_inside(maps, masks):
     Returns:
         float, (n_maps, n_masks), in [0, 1]; each column adds up to 1, or is NaN where a mask is empty.
     """
-    strongest = np.asarray(maps).argmax(axis=0)
+    strongest = np.asarray(without_device(maps)).argmax(axis=0)
     masks = resize_masks(masks, *strongest.shape)
     counts = np.array([[np.sum(strongest[mask] == k) for mask in masks] for k in range(len(maps))], float)
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(axis=0)
 
 
-def random_maps(n, height, width, seed=0):
+def random_maps(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """A baseline: random maps, noise on a 7 x 7 grid resized like a class activation map, float32 in [0, 1]."""
     grids = np.random.default_rng(seed).random((n, 7, 7), np.float32)
     maps = np.array([cv2.resize(grid, (width, height), interpolation=cv2.INTER_LINEAR) for grid in grids])
@@ -110,14 +135,14 @@ def random_maps(n, height, width, seed=0):
     return (maps - low) / (high - low)
 
 
-def centre_dots(n, height, width):
+def centre_dots(n: int, height: int, width: int) -> np.ndarray:
     """A baseline: the same dot at the centre for every category, a Gaussian of a sixth of the picture, in [0, 1]."""
     y, x = ((np.arange(length) + 0.5) / length - 0.5 for length in (height, width))
     dot = np.exp(-(y[:, None] ** 2 + x**2) / (2 / 36)).astype(np.float32)
     return np.repeat(dot[None] / dot.max(), n, axis=0)
 
 
-def edge_maps(n, pixel_values):
+def edge_maps(n: int, pixel_values: torch.Tensor) -> np.ndarray:
     """A baseline: where the picture has edges, the same for every category; it has never seen the model.
 
     Args:
@@ -127,13 +152,13 @@ def edge_maps(n, pixel_values):
     Returns:
         A float32 array (n, height, width) in [0, 1].
     """
-    grey = pixel_values[0].detach().float().mean(dim=0).cpu().numpy()
+    grey = pixel_values[0].float().mean(dim=0).numpy(force=True)
     strength = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
     smooth = cv2.GaussianBlur(strength, (0, 0), max(grey.shape) / 40)
     return np.repeat(smooth[None] / max(smooth.max(), 1e-12), n, axis=0)
 
 
-def score_maps(methods, examples):
+def score_maps(methods: Methods, examples: Sequence[Example]) -> "pd.DataFrame":
     """Score methods map by map, beside the baselines "centre dot" and "random map".
 
     Args:
@@ -146,16 +171,19 @@ def score_maps(methods, examples):
         "on the other" (1 where its maximum lies on another object of the picture, else 0), "seconds" (of the call that
         made all maps of the scene; they depend on the machine, so compare them within a run only).
     """
-    baselines = {
-        "centre dot": lambda pixels, categories: centre_dots(len(categories), *pixels.shape[2:]),
-        "random map": lambda pixels, categories: random_maps(len(categories), *pixels.shape[2:], seed=next(seeds)),
+    import pandas as pd
+
+    baselines: dict[str, Callable] = {
+        "centre dot": lambda pixels, names: centre_dots(len(names), pixels.shape[2], pixels.shape[3]),
+        "random map": lambda pixels, names: random_maps(len(names), pixels.shape[2], pixels.shape[3], next(seeds)),
     }
-    index, rows = [], []
+    index: list[tuple[str, int, str]] = []
+    rows: list[tuple[float, ...]] = []
     for name, method in {**methods, **baselines}.items():
-        seeds = iter(range(len(examples)))
+        seeds = itertools.count()
         for number, example in enumerate(examples):
             start = time.perf_counter()
-            maps = method(example.pixel_values, example.categories)
+            maps = without_device(method(example.pixel_values, example.categories))
             seconds = [time.perf_counter() - start] * len(maps)
             others = np.array([np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))])
             scores = hits(maps, example.masks), energy_inside(maps, example.masks), hits(maps, others), seconds
@@ -165,7 +193,7 @@ def score_maps(methods, examples):
     return pd.DataFrame(rows, index, ["pointing", "energy", "on the other", "seconds"], dtype=float)
 
 
-def score_table(methods, examples):
+def score_table(methods: Methods, examples: Sequence[Example]) -> "pd.DataFrame":
     """The means of `score_maps` for each method, without the seconds: arguments as there.
 
     Returns:
@@ -177,7 +205,9 @@ def score_table(methods, examples):
     return by_method.mean().drop(columns="seconds").assign(maps=by_method.size()).rename_axis(None)
 
 
-def bootstrap_interval(values, level=0.95, n=2000, seed=0):
+def bootstrap_interval(
+    values: Iterable[float], level: float = 0.95, n: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """How far a mean over scenes can be trusted: the percentile bootstrap (Efron, Annals of Statistics 1979).
 
     The scenes are drawn again, as many as there are, with replacement. For two methods or models on the same scenes,
@@ -193,6 +223,13 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
 
     Raises:
         ValueError: values of another shape, none at all, or one that is not finite.
+
+    Example:
+        >>> bootstrap_interval([0.5, 0.5, 0.5])  # scenes that agree leave no doubt
+        (0.5, 0.5)
+        >>> low, high = bootstrap_interval([0, 1] * 50)  # about twice the standard error of 0.05 to both sides
+        >>> round(low, 1), round(high, 1)
+        (0.4, 0.6)
     """
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
@@ -205,7 +242,7 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
     return float(low), float(high)
 
 
-def behind_best(scores, methods, score="pointing"):
+def behind_best(scores: "pd.DataFrame", methods: Iterable[str], score: str = "pointing") -> "pd.DataFrame":
     """How far methods are behind the best of them, scene by scene, and whether the scenes can tell.
 
     Args:
@@ -218,6 +255,8 @@ def behind_best(scores, methods, score="pointing"):
         best one, and the 95 % `bootstrap_interval` of that, "from" and "to". With "from" at most 0, these scenes can't
         tell the two apart.
     """
+    import pandas as pd
+
     by_scene = scores[score].groupby(["method", "scene"]).mean().unstack("method")[list(methods)].dropna()
     by_scene = by_scene[by_scene.mean().sort_values(ascending=False, kind="stable").index]
     gaps = {name: by_scene.iloc[:, 0] - by_scene[name] for name in by_scene}
@@ -225,17 +264,25 @@ def behind_best(scores, methods, score="pointing"):
     return pd.DataFrame.from_dict(rows, orient="index", columns=[score, "behind", "from", "to"])
 
 
-def likeness(a, b):
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation of two maps, (height, width), over the pixels where both are above zero.
 
     Zeros are left out, since maps that end in a ReLU share many of them. NaN for fewer than 50 pixels.
     """
-    a, b = np.asarray(a), np.asarray(b)
+    from scipy.stats import spearmanr  # late, since it takes a third of a second
+
+    a, b = (np.asarray(without_device(one)) for one in (a, b))
     both = (a > 0) & (b > 0)
     return float(spearmanr(a[both], b[both]).statistic) if both.sum() >= 50 else float("nan")
 
 
-def sanity_check(model, parts, methods_of, examples, seeds=3):
+def sanity_check(
+    model: torch.nn.Module,
+    parts: Mapping[str, str],
+    methods_of: Callable[[torch.nn.Module], Methods],
+    examples: Sequence[Example],
+    seeds: int = 3,
+) -> "pd.DataFrame":
     """Do maps change when the model is destroyed? The cascading randomisation of Adebayo et al. (NeurIPS 2018).
 
     A copy of the model gets random weights, one part after the other from the top down; after each, the maps of the
@@ -253,6 +300,7 @@ def sanity_check(model, parts, methods_of, examples, seeds=3):
         A pandas DataFrame, a row a part, a column a method: the mean `likeness` to the map of the trained model, over
         the copies and the examples. Pairs of maps that have none are left out; NaN where no pair has one.
     """
+    import pandas as pd
 
     def maps_of(one):
         return {
@@ -261,22 +309,28 @@ def sanity_check(model, parts, methods_of, examples, seeds=3):
         }
 
     trained = maps_of(model)
-    found = {part: {name: [] for name in trained} for part in parts}
-    with torch.random.fork_rng(devices=[]):
+    found: dict[str, dict[str, list[float]]] = {part: {name: [] for name in trained} for part in parts}
+    with torch.random.fork_rng():
         for seed in range(seeds):
             torch.manual_seed(seed)
             broken = copy.deepcopy(model)
             for part, path in parts.items():
                 for module in broken.get_submodule(path).modules():
-                    if hasattr(module, "reset_parameters"):
-                        module.reset_parameters()
+                    getattr(module, "reset_parameters", lambda: None)()
                 for name, after in maps_of(broken).items():
                     found[part][name] += [likeness(a, b) for a, b in zip(trained[name], after, strict=True)]
     means = {part: {name: pd.Series(values).mean() for name, values in row.items()} for part, row in found.items()}
     return pd.DataFrame.from_dict(means, orient="index")
 
 
-def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
+def perturbation_curves(
+    score: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    heat: np.ndarray,
+    baseline: torch.Tensor | float,
+    steps: int = 16,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Deletion and insertion (Petsiuk, Das, Saenko: RISE, BMVC 2018): does the score depend on what a map shows?
 
     Pixels change in the order of the map, the highest value first. Where the map has equal values, as a mask has or a
@@ -297,7 +351,7 @@ def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
     Raises:
         ValueError: the map and the picture differ in size, or the map has values that are not finite.
     """
-    heat = np.asarray(heat)
+    heat = np.asarray(without_device(heat))
     if heat.shape != tuple(pixel_values.shape[2:]):
         raise ValueError(f"a map of shape {heat.shape} for a picture of {tuple(pixel_values.shape[2:])} pixels")
     if not np.isfinite(heat).all():
@@ -306,9 +360,12 @@ def perturbation_curves(score, pixel_values, heat, baseline, steps=16, seed=0):
     order = shuffled[np.argsort(-heat.ravel()[shuffled], kind="stable")]
     rank = np.empty(heat.size)
     rank[order] = np.arange(heat.size)
-    changed = rank < np.linspace(0, heat.size, steps + 1)[:, None]
-    changed = torch.from_numpy(changed.reshape(-1, 1, *heat.shape)).to(pixel_values.device)
+    steps_done = rank < np.linspace(0, heat.size, steps + 1)[:, None]
+    changed = torch.from_numpy(steps_done.reshape(-1, 1, *heat.shape)).to(pixel_values.device)
     empty = torch.as_tensor(baseline, dtype=pixel_values.dtype, device=pixel_values.device).expand_as(pixel_values)
     with torch.no_grad():
-        curves = [score(torch.where(changed, new, old)) for new, old in ((empty, pixel_values), (pixel_values, empty))]
-    return tuple(curve.cpu().double().numpy() for curve in curves)
+        deletion, insertion = (
+            score(torch.where(changed, new, old)).cpu().double().numpy()
+            for new, old in ((empty, pixel_values), (pixel_values, empty))
+        )
+    return deletion, insertion

@@ -6,15 +6,20 @@ import itertools
 import numbers
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from transformers import PreTrainedConfig
 
 from xai_helpers.reshape import ADVICE
+
+if TYPE_CHECKING:  # imported late below: only tables need it
+    import pandas as pd
+
+    from xai_helpers.scoring import Example
+
+Category = str | int | Callable[[torch.Tensor], torch.Tensor]
 
 
 class LogitsModel(torch.nn.Module):
@@ -28,13 +33,13 @@ class LogitsModel(torch.nn.Module):
         options: keyword arguments of each forward pass, such as `interpolate_pos_encoding=True`.
     """
 
-    def __init__(self, model, **options):
+    def __init__(self, model: torch.nn.Module, **options: Any):
         super().__init__()
         self.model = model
         self.options = options
         self.config = getattr(model, "config", None)
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Maps images (batch, channels, height, width) to scores, (batch, n_classes) for a classifier.
 
         Raises:
@@ -85,13 +90,22 @@ class PromptClassifier(torch.nn.Module):
         UserWarning: the tokenizer does not know a word of a prompt and reads it as its unknown token.
     """
 
-    def __init__(self, clip, processor, prompts, scores="similarity"):
+    clip: Any
+    text_embeds: torch.Tensor
+
+    def __init__(
+        self,
+        clip: Any,
+        processor: Any,
+        prompts: str | Iterable[str] | Mapping[str, str],
+        scores: str = "similarity",
+    ):
         super().__init__()
         if scores not in SCORES:
             raise ValueError(f"scores is one of {', '.join(map(repr, SCORES))}, not {scores!r}")
         if isinstance(prompts, str):
             prompts = [prompts]
-        self.prompts = dict(prompts) if isinstance(prompts, dict) else {prompt: prompt for prompt in prompts}
+        self.prompts = dict(prompts) if isinstance(prompts, Mapping) else {prompt: prompt for prompt in prompts}
         tokens = _tokens(clip, processor, list(self.prompts.values()))
         with frozen(clip), torch.no_grad():
             embeds = clip.get_text_features(**tokens).pooler_output
@@ -101,16 +115,17 @@ class PromptClassifier(torch.nn.Module):
         self.config = types.SimpleNamespace(id2label=dict(enumerate(self.prompts)))
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the model is."""
         return self.clip.device
 
-    def grid(self, pixel_values):
+    def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Rows and columns of the patches into which the image tower cuts images (batch, channels, height, width)."""
         patch = self.clip.config.vision_config.patch_size
-        return tuple(side // patch for side in pixel_values.shape[2:])
+        height, width = pixel_values.shape[2:]
+        return height // patch, width // patch
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Maps images (batch, channels, height, width) to scores (batch, n_prompts).
 
         Of another size than the model was trained on, its position embeddings are interpolated.
@@ -149,10 +164,13 @@ def _tokens(clip, processor, texts):
     return tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
 
 
-class CategoryTarget(ClassifierOutputTarget):
-    """The score of one category: grad-cam's target, with a clear error for an index that no score has."""
+class CategoryTarget:
+    """The score of one category, with a clear error for an index that no score has."""
 
-    def __call__(self, scores):
+    def __init__(self, category: int):
+        self.category = category
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         if not 0 <= self.category < scores.shape[-1]:
             last = scores.shape[-1] - 1
             raise ValueError(f"category {self.category} is out of range: the model's scores are 0 to {last}")
@@ -162,10 +180,10 @@ class CategoryTarget(ClassifierOutputTarget):
 class CallableTarget:
     """What a callable makes of the scores of one image, with a clear error where that is not one number."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]):
         self.function = function
 
-    def __call__(self, scores):
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         score = self.function(scores)
         if not isinstance(score, torch.Tensor) or score.numel() != 1:
             found = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else type(score).__name__
@@ -177,7 +195,9 @@ class CallableTarget:
         return score.reshape(())
 
 
-def category_targets(model, categories):
+def category_targets(
+    model: torch.nn.Module, categories: Category | Iterable[Category] | torch.Tensor | np.ndarray
+) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """Turns categories into targets, the functions that pick from the scores of one image what is explained.
 
     Args:
@@ -195,7 +215,7 @@ def category_targets(model, categories):
     if isinstance(categories, (torch.Tensor, np.ndarray)):
         categories = categories.reshape(-1).tolist()
     if isinstance(categories, (str, bytes)) or callable(categories) or not isinstance(categories, Iterable):
-        categories = [categories]
+        categories = [categories]  # type: ignore[list-item]  # of bytes, which `_target` refuses
     targets = [_target(model, category) for category in categories]
     if not targets:
         raise ValueError("no category to explain: give at least one name, index or callable")
@@ -214,21 +234,51 @@ def _target(model, category):
     return CategoryTarget(category_index(model, category))
 
 
-def category_index(model, name):
+def category_index(model: torch.nn.Module, name: str) -> int:
     """The index of a category, whichever way the model's label set writes its name.
+
+    Args:
+        model: its `config.id2label` knows the names.
+        name: a string, which is looked up as in `matching_categories`.
+
+    Raises:
+        ValueError: the model has no names, an unknown name (the closest names are given), or an ambiguous one.
+
+    Example:
+        >>> from xai_helpers.checkpoints import load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> category_index(model, "Coffee_cup")
+        2
+        >>> category_index(model, "coffee")
+        Traceback (most recent call last):
+        ...
+        ValueError: the model has no category 'coffee'; the closest are: 'coffee cup', 'coin'
+    """
+    names = _names(model, f"category {name!r} has no index: give the index")
+    indices = matching_categories(names, name)
+    if len(indices) > 1:
+        raise ValueError(f"several categories are named {name!r}: give one of their indices, {indices}")
+    if indices:
+        return indices[0]
+    plain = _plain(name)
+    known = {_plain(name): name for name in names.values()}
+    containing = [key for key in known if plain in key]
+    close = containing + difflib.get_close_matches(plain, known, n=5, cutoff=0.4)
+    shown = [known[key] for key in dict.fromkeys(close)] or list(known.values())
+    raise ValueError(f"the model has no category {name!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
+
+
+def matching_categories(names: Mapping[int, str], name: str) -> list[int]:
+    """The indices of the categories that a name may mean.
 
     A name is looked up as it stands; if no category is called that, without regard to case and underscores, so that
     "Egyptian cat" finds the "Egyptian_cat" of ImageNet-22k; and at last among the synonyms that a name lists between
     commas, so that "remote control" finds "remote control, remote".
 
     Args:
-        model: its `config.id2label` knows the names.
+        names: index -> name, as in a model's `config.id2label`.
         name: a string.
-
-    Raises:
-        ValueError: the model has no names, an unknown name (the closest names are given), or an ambiguous one.
     """
-    names = _names(model, f"category {name!r} has no index: give the index")
     plain = _plain(name)
     for is_meant in (
         lambda known: known == name,
@@ -236,15 +286,9 @@ def category_index(model, name):
         lambda known: plain in _plain(known).split(", "),
     ):
         indices = [int(index) for index, known in names.items() if is_meant(known)]
-        if len(indices) > 1:
-            raise ValueError(f"several categories are named {name!r}: give one of their indices, {indices}")
         if indices:
-            return indices[0]
-    known = {_plain(name): name for name in names.values()}
-    containing = [key for key in known if plain in key]
-    close = containing + difflib.get_close_matches(plain, known, n=5, cutoff=0.4)
-    shown = [known[key] for key in dict.fromkeys(close)] or list(known.values())
-    raise ValueError(f"the model has no category {name!r}; the closest are: {', '.join(map(repr, shown[:5]))}")
+            return indices
+    return []
 
 
 def _names(model, so):
@@ -260,7 +304,7 @@ def _plain(name):
     return name.lower().replace("_", " ")
 
 
-def top_categories(model, pixel_values, k=4):
+def top_categories(model: torch.nn.Module, pixel_values: torch.Tensor, k: int = 4) -> "pd.DataFrame":
     """The categories to which a model gives the highest scores for one image.
 
     Args:
@@ -273,7 +317,16 @@ def top_categories(model, pixel_values, k=4):
 
     Raises:
         ValueError: a model without `config.id2label`; pixel_values of another shape; a bad k.
+
+    Example:
+        >>> from xai_helpers.checkpoints import example_scene, load
+        >>> model, processor = load("resnet", weights="bundled")
+        >>> inputs = processor(example_scene("bundled").image, return_tensors="pt").to(model.device)
+        >>> top_categories(model, inputs["pixel_values"], k=2).index.tolist()
+        ['cat', 'coffee cup']
     """
+    import pandas as pd
+
     pixel_values = input_for(model, pixel_values, coarse=True)
     names = _names(model, "its categories have no names: sort its scores yourself")
     check_count("k", k)
@@ -281,10 +334,10 @@ def top_categories(model, pixel_values, k=4):
     with frozen(scorer), torch.no_grad():
         scores = scorer(pixel_values)[0].float()
         scores, indices = scores.topk(min(k, len(scores)))
-    return pd.DataFrame({"score": scores.cpu().numpy()}, index=[names[int(i)] for i in indices])
+    return pd.DataFrame({"score": scores.numpy(force=True)}, index=[names[int(i)] for i in indices])
 
 
-def check_count(name, value, least=1, most=None):
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """Raises a ValueError unless a value is a whole number of at least `least` and, if given, at most `most`."""
     is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
@@ -292,7 +345,7 @@ def check_count(name, value, least=1, most=None):
         raise ValueError(f"{name} is a whole number {bounds}, not {value!r}")
 
 
-def device_of(model):
+def device_of(model: torch.nn.Module) -> torch.device:
     """Where a model computes: the device of its first parameter or buffer; the CPU, if it has neither."""
     return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
 
@@ -301,7 +354,7 @@ def _tensors(model):
     return itertools.chain(model.parameters(), model.buffers())
 
 
-def input_for(model, pixel_values, coarse=False):
+def input_for(model: torch.nn.Module, pixel_values: torch.Tensor, coarse: bool = False) -> torch.Tensor:
     """An image as a model takes it: checked, without autograd's history, on the model's device and in its precision.
 
     Args:
@@ -322,7 +375,7 @@ def input_for(model, pixel_values, coarse=False):
     return pixel_values.detach().to(device_of(model), dtype)
 
 
-def check_picture(pixel_values):
+def check_picture(pixel_values: torch.Tensor) -> None:
     """Raises a ValueError that says what to do, unless pixel_values is one image of finite values.
 
     It is a float tensor (1, 3, height, width), or (1, 1, height, width).
@@ -351,7 +404,7 @@ def check_picture(pixel_values):
     raise ValueError(f"pixel_values has shape {shape}, wanted a float tensor (1, 3, height, width): {advice}")
 
 
-def layer_path(model, layer):
+def layer_path(model: torch.nn.Module, layer: torch.nn.Module) -> str:
     """The dotted name of a module inside a model; a ValueError if it is not in there."""
     if not isinstance(layer, torch.nn.Module):
         found = repr(layer) if isinstance(layer, str) else type(layer).__name__
@@ -365,7 +418,7 @@ def layer_path(model, layer):
 
 
 @contextlib.contextmanager
-def frozen(model):
+def frozen(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, parameters that need no gradient, autograd on; at the end all of it, and `.grad`, is as before.
 
     Autocast is off, since numpy knows no bfloat16, and a model of torch.compile runs as it was written, since compiled
@@ -392,8 +445,10 @@ def frozen(model):
 
 
 @contextlib.contextmanager
-def eager_attention(model):
+def eager_attention(model: torch.nn.Module) -> Iterator[None]:
     """Eager attention, which alone returns its weights and has a second derivative; at the end all is as before."""
+    from transformers import PreTrainedConfig  # late, since it takes half a second
+
     # The attentions look into these configs. model.set_attn_implementation does the same to them, but warns about parts
     # that a config describes and the model lacks.
     found = [getattr(module, "config", None) for module in model.modules()]
@@ -409,7 +464,7 @@ def eager_attention(model):
 
 
 @contextlib.contextmanager
-def count_passes(model):
+def count_passes(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     """Counts what an explanation asks of a model: its cost, without a clock.
 
     For example::
@@ -418,7 +473,8 @@ def count_passes(model):
             explain(model, pixel_values, categories, target_layer)
 
     Args:
-        model: the module that the explanation is given. Calls that go past it, to one of its parts, are not seen.
+        model: the module that the explanation is given; it may take a batch, or a list of pictures as torchvision's
+            detectors do. Calls that go past it, to one of its parts, are not seen.
 
     Yields:
         A dict: "pictures", how many have gone into the model; "backward passes", how many have come from its scores,
@@ -427,28 +483,25 @@ def count_passes(model):
     passed = {"pictures": 0, "backward passes": 0}
 
     def at_input(module, args, kwargs):
-        passed["pictures"] += len(next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value)))
+        pictures = next(value for value in (*args, *kwargs.values()) if isinstance(value, (torch.Tensor, list, tuple)))
+        passed["pictures"] += len(pictures)
 
     def at_scores(module, args, output):
-        scores = output if torch.is_tensor(output) else output.logits
-        if scores.requires_grad:
-            scores.register_hook(at_gradient)
+        if isinstance(output, list):  # of a detector: a dict a picture
+            scores = [found["scores"] for found in output]
+        else:
+            scores = [output if torch.is_tensor(output) else output.logits]
+        if needed := [tensor for tensor in scores if tensor.requires_grad]:
+            torch.autograd.graph.register_multi_grad_hook(needed, at_gradient, mode="any")
 
     def at_gradient(gradient):
         passed["backward passes"] += 1
 
-    hooks = [
-        model.register_forward_pre_hook(at_input, with_kwargs=True),
-        model.register_forward_hook(at_scores),
-    ]
-    try:
+    with model.register_forward_pre_hook(at_input, with_kwargs=True), model.register_forward_hook(at_scores):
         yield passed
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def passes_table(model, methods, example):
+def passes_table(model: torch.nn.Module, methods: Mapping[str, Callable], example: "Example") -> "pd.DataFrame":
     """What each of several methods asks of a model for all maps of one example, by `count_passes`.
 
     Args:
@@ -459,6 +512,8 @@ def passes_table(model, methods, example):
     Returns:
         A pandas DataFrame, a row a method: "pictures" and "backward passes".
     """
+    import pandas as pd
+
     rows = {}
     for name, method in methods.items():
         with count_passes(model) as rows[name]:

@@ -7,8 +7,9 @@ The objects are cut out of photos that scikit-image and scikit-learn ship. Distr
 same way, so that a pasted edge is no evidence for any category.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,7 +53,7 @@ class Scene:
     distractors: np.ndarray | None = None
 
     @property
-    def boxes(self):
+    def boxes(self) -> np.ndarray:
         """The masks' boxes in pixels: int, (n_objects, 4) as left, top, right, bottom, the last two exclusive."""
         boxes = np.zeros((len(self.masks), 4), int)
         for box, seen in zip(boxes, self.masks, strict=True):
@@ -62,17 +63,17 @@ class Scene:
         return boxes
 
 
-def labels():
+def labels() -> list[str]:
     """The categories of the scenes, in the order of the bundled checkpoints' outputs."""
     return list(cutouts.OBJECTS)
 
 
-def with_article(name):
+def with_article(name: str) -> str:
     """A category's name with its indefinite article, as a caption or a prompt has it: "a cat", "an astronaut"."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def natural(name):
+def natural(name: str) -> Scene:
     """A shipped photo as it is, with the masks of the objects in it. Names: the keys of `PHOTOS`.
 
     Raises:
@@ -84,7 +85,14 @@ def natural(name):
     return Scene(Image.fromarray(photo(name)), list(answers), np.stack([mask(m) for m in answers.values()]))
 
 
-def make_scene(seed, objects=None, size=384, distractors=None, split="test", among=None):
+def make_scene(
+    seed: int,
+    objects: int | Sequence[str] | None = None,
+    size: int = 384,
+    distractors: int | None = None,
+    split: str = "test",
+    among: Sequence[str] | None = None,
+) -> Scene:
     """Make a scene. The same arguments always give the same scene, and sizes differ in their resolution only.
 
     Args:
@@ -102,6 +110,11 @@ def make_scene(seed, objects=None, size=384, distractors=None, split="test", amo
 
     Raises:
         ValueError: an unknown category or split, no category to draw from, or what is no whole number in its range.
+
+    Example:
+        >>> scene = make_scene(seed=7, objects=["cat", "coffee cup"])
+        >>> scene.image.size, scene.categories, scene.masks.shape
+        ((384, 384), ['cat', 'coffee cup'], (2, 384, 384))
     """
     if split not in SPLITS:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}.")
@@ -123,15 +136,15 @@ def make_scene(seed, objects=None, size=384, distractors=None, split="test", amo
     canvas = canvas * appearance.uniform(0.8, 1.15) + grain.normal(0, appearance.uniform(0, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     seen = _visible(alphas)
-    objects = sorted((paste.object, i) for i, paste in enumerate(pastes) if paste.object is not None)
+    ranked = sorted((paste.object, i) for i, paste in enumerate(pastes) if paste.object is not None)
     masks, others = (
         np.array([seen[i] for i in order], bool).reshape(-1, size, size)
-        for order in ([i for _, i in objects], [i for i, paste in enumerate(pastes) if paste.object is None])
+        for order in ([i for _, i in ranked], [i for i, paste in enumerate(pastes) if paste.object is None])
     )
     return Scene(image, categories, masks, others)
 
 
-def as_seen(scene, processor):
+def as_seen(scene: Scene, processor: Any) -> Scene:
     """The part of a scene that a processor shows to the model, at the scene's own resolution, masks and all.
 
     Maps have the coordinates of the tensor that was explained: draw and score them on this part, or a crop shifts them.
@@ -154,38 +167,6 @@ def as_seen(scene, processor):
 
     distractors = None if scene.distractors is None else cropped(scene.distractors)
     return Scene(scene.image.crop((left, top, right, bottom)), scene.categories, cropped(scene.masks), distractors)
-
-
-def dataset(n, seed=0, objects=None, size=128, distractors=None, split="train"):
-    """Scenes as a `datasets.Dataset` with the features image, labels (several a picture) and masks (one an object).
-
-    Args:
-        n: the number of scenes. They are those of `make_scene` with the seeds `seed` to `seed + n - 1`.
-        objects, size, distractors, split: as in `make_scene`.
-
-    Returns:
-        A `datasets.Dataset`, a row a scene.
-
-    Raises:
-        ValueError: n is no whole number of at least 1, or what `make_scene` raises.
-    """
-    if not _is_whole(n) or n < 1:
-        raise ValueError(f"n is 1 or more, not {n!r}.")
-    import datasets
-
-    features = datasets.Features(
-        image=datasets.Image(),
-        labels=datasets.List(datasets.ClassLabel(names=labels())),
-        masks=datasets.List(datasets.Image()),
-    )
-
-    def rows():
-        for i in range(seed, seed + n):
-            scene = make_scene(i, objects, size, distractors, split)
-            masks = [Image.fromarray(seen) for seen in scene.masks]
-            yield {"image": scene.image, "labels": [labels().index(c) for c in scene.categories], "masks": masks}
-
-    return datasets.Dataset.from_list(list(rows()), features=features)
 
 
 @dataclass
