@@ -1,6 +1,5 @@
 """What a bundled classifier scores, and the model card that says so."""
 
-import os
 import platform
 
 import numpy as np

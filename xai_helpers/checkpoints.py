@@ -83,7 +83,7 @@ def chosen_weights(weights: str | Path | None = None) -> str | Path:
 
 
 def default_device() -> torch.device:
-    """Where `load` puts a model: on the environment's XAI_DEVICE, else the accelerator, if there is one, else the CPU."""
+    """Where `load` puts a model: the environment's XAI_DEVICE, else the accelerator, if there is one, else the CPU."""
     if name := os.environ.get("XAI_DEVICE"):
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
