@@ -19,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
-.PHONY: help book serve test chapters pages strip student requirements fork grade course clean
+.PHONY: help book serve test chapters pages seconds strip student requirements fork grade course clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-14s%s\n", $$1, $$2}' Makefile
@@ -35,11 +35,14 @@ EXPLORER = _build/explorer/fragment.html
 $(EXPLORER): .venv/ready book/explorer.py book/explorer.html $(shell find xai_helpers -type f ! -name '*.pyc')
 	OMP_NUM_THREADS=2 $(BIN)/python book/explorer.py _build/explorer
 
-# One page: make book CHAPTER=notebooks/recipes/swin.ipynb
+# One page alone, in _build/page/_build/html, where links to others lead nowhere:
+# make book CHAPTER=notebooks/recipes/swin.ipynb
 book: .venv/ready $(if $(CHAPTER),,$(EXPLORER))  ## execute the chapters and build the book in _build/html; warnings are errors
 	$(EXECUTE) $(CHAPTER)
 ifdef CHAPTER
-	$(BIN)/jupyter-book build $(CHAPTER) --config _config.yml --path-output .
+	mkdir -p _build/page
+	printf 'format: jb-article\nroot: $(basename $(CHAPTER))\n' > _build/page/toc.yml
+	$(BIN)/jupyter-book build . --toc _build/page/toc.yml --path-output _build/page
 else
 	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
@@ -56,6 +59,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test: .venv/ready  ## lint, run every chapter and every test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(EXECUTE)
 	$(PYTEST) --dist worksteal --durations 20
 
@@ -66,6 +70,9 @@ pages: .venv/ready  ## look at every page of the built book in a browser (needs 
 	$(BIN)/python -m pytest -n 2 tests/browser.py
 
 # ---- upkeep ---------------------------------------------------------------------------------------------------------
+
+seconds: .venv/ready  ## write down what each chapter costs, book/seconds.csv, where a test reads it
+	$(EXECUTE) --record
 
 strip: .venv/ready  ## take the outputs out of the chapters, as the tests want them
 	find notebooks -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout {} +

@@ -1,13 +1,15 @@
 """Executes chapters, two at a time, and keeps their outputs for the book and for the tests.
 
-    python book/execute.py [CHAPTER ...]
+    python book/execute.py [--record] [CHAPTER ...]
 
 Without names, all chapters. One is executed again only if something that it runs has changed: its code cells, the
 package, the requirements, matplotlibrc, XAI_WEIGHTS, XAI_DEVICE or XAI_EXAMPLES. Executed copies are kept in
 _build/chapters, each beside a .json with the hashes of all that and its seconds. The book's pages take outputs from
-_build/.jupyter_cache, and the page "status" its table from _build/status.md; both are written anew each time.
+_build/.jupyter_cache, and the page "status" its table from _build/status.md; both are written anew each time. With
+--record, what the chapters cost is written to book/seconds.csv, too, where a test compares it with a page's budget.
 """
 
+import csv
 import datetime
 import hashlib
 import json
@@ -118,7 +120,12 @@ def execute(chapter):
     notebook = nbformat.read(chapter, as_version=4)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        client = NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": folder}})
+        client = NotebookClient(
+            notebook,
+            timeout=TIMEOUT,
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--log-level=ERROR"],  # not that it talks to us without encryption
+        )
         client.record_timing = False
         with client.setup_kernel():
             kernel = psutil.Process(client.km.provisioner.pid)
@@ -185,7 +192,18 @@ def table(some, store):
     return "\n".join(lines) + "\n"
 
 
+def write_seconds(some, store, path):
+    """What each chapter costs, in seconds of one core, and the hash of the code that cost it, as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["chapter", "CPU seconds", "its code"])
+        for chapter in some:
+            record = store.record(chapter)
+            writer.writerow([name_of(chapter), round(record["CPU seconds"]), record["hashes"]["its code"]])
+
+
 def main(names, build=ROOT / "_build"):
+    record, names = "--record" in names, [name for name in names if name != "--record"]
     some = [Path(name).resolve() for name in names] or chapters()
     strange = [str(chapter) for chapter in some if chapter not in chapters()]
     if strange:
@@ -197,6 +215,8 @@ def main(names, build=ROOT / "_build"):
         sys.exit(f"{len(failed)} failed: {', '.join(failed)}.")
     hand_over(some, store, build / ".jupyter_cache")
     (build / "status.md").write_text(table(some, store), encoding="utf-8")
+    if record:
+        write_seconds(chapters(), store, ROOT / "book" / "seconds.csv")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The book's own rules: what every chapter looks like, and that settings, chapters and address are in step."""
 
 import ast
+import csv
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 NO_CHAPTERS = {".ipynb_checkpoints", "student"}
 CHAPTERS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if not NO_CHAPTERS & set(p.parts))
+BUDGET = 30  # seconds on one core
 MAX_LINES = 12  # ten, and two for a call that is easier to read over several lines
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -48,6 +51,21 @@ def source(cell):
 def bullets(cell):
     """The list items of a Markdown cell, each on one line."""
     return [" ".join(item.split()) for item in re.findall(r"^[-*] (.+(?:\n  .+)*)", source(cell), flags=re.MULTILINE)]
+
+
+def test_every_function_of_the_reference_has_types():
+    modules = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text(encoding="utf-8"))
+    assert "xai_helpers.cam" in modules
+    without = []
+    for module in map(importlib.import_module, modules):
+        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+        of_classes = [value for kind in own if inspect.isclass(kind) for value in vars(kind).values()]
+        for function in filter(inspect.isfunction, own + of_classes):
+            parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+            typed = set(inspect.unwrap(function).__annotations__)
+            if not re.search(r"\b_", function.__qualname__) and (parameters | {"return"}) - typed:
+                without.append(f"{module.__name__}.{function.__qualname__}")
+    assert not without
 
 
 def test_there_are_chapters():
@@ -92,6 +110,16 @@ def test_code_cells_are_short(path):
     for cell in cells(path, "code"):
         lines = [line for line in source(cell).splitlines() if not line.lstrip().startswith(("###", "# Hint:"))]
         assert len(lines) <= MAX_LINES, source(cell)
+
+
+@each_chapter
+def test_page_keeps_to_its_budget(path, execution):
+    """What a page costs was written down when its code was as it is now: no clock runs here."""
+    with open(ROOT / "book" / "seconds.csv", newline="", encoding="utf-8") as file:
+        recorded = {row["chapter"]: row for row in csv.DictReader(file)}
+    row = recorded.get(execution.name_of(path), {})
+    assert row.get("its code") == execution.Store("", {}).hashes(path)["its code"], "run: make seconds"
+    assert int(row["CPU seconds"]) <= BUDGET, "CONTRIBUTING.md says what to do"
 
 
 @each_chapter

@@ -76,4 +76,4 @@ print(xai_helpers.__file__, len(scene.categories), model.num_labels > 1)
 
 def test_a_chapter_runs_from_an_empty_folder(installed, tmp_path):
     shutil.copy(FIRST_CHAPTER, tmp_path)
-    run(["-m", "pytest", "--nbmake", "--nbmake-timeout=600", FIRST_CHAPTER.name], installed, tmp_path)
+    run(["-m", "jupyter", "execute", FIRST_CHAPTER.name], installed, tmp_path)

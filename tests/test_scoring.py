@@ -196,6 +196,24 @@ def test_seconds_are_those_of_the_call(monkeypatch):
     assert scores["seconds"].xs("centre dot").tolist() == [0] * 4
 
 
+def test_maps_that_are_made_already_score_as_their_method_does():
+    examples = [
+        Example(torch.zeros(1, 3, 2, 2), ["cat", "cup"], np.array([[[1, 0], [0, 0]], [[0, 1], [1, 1]]], bool)),
+        Example(torch.zeros(1, 3, 2, 2), ["cup", "cat"], np.array([[[0, 0], [0, 1]], [[1, 1], [0, 0]]], bool)),
+    ]
+    maps = [
+        torch.tensor([[[0.9, 0.1], [0, 0]], [[0.5, 0.3], [0.2, 0]]]),
+        np.array([[[0.5, 0], [0, 0.5]], [[0, 1], [0, 0]]]),
+    ]
+    scores = score_maps({"mine": maps}, examples)
+    mine = scores.loc["mine"]
+    assert mine["pointing"].tolist() == [1, 0, 0, 1]  # a maximum that is shared with another place is no hit
+    np.testing.assert_allclose(mine["energy"], [0.9, 0.5, 0.5, 1], rtol=1e-6)
+    assert mine["seconds"].isna().all() and scores.loc["random map", "seconds"].notna().all()
+    with pytest.raises(ValueError, match="'mine': 1 arrays of maps for 2 examples"):
+        score_maps({"mine": maps[:1]}, examples)
+
+
 def test_scores_of_the_baselines_do_not_depend_on_the_methods_beside_them():
     examples = [example((slice(0, 2), slice(4)), (slice(2, 4), slice(4)))] * 5
     alone = score_table({}, examples)

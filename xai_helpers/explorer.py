@@ -132,7 +132,7 @@ def as_question(scene: Scene, model: Any, processor: Any, categories: Sequence[s
         names = top_categories(model, pixel_values, min(CATEGORIES, len(model.config.id2label))).index
     else:
         names = [model.config.id2label[category_index(model, name)] for name in categories]
-    return Example(pixel_values, list(names), None, image)
+    return Example(pixel_values, list(names), None, image)  # type: ignore[arg-type]  # no answers are known
 
 
 def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, tuple[torch.nn.Module, Callable | None]]:
@@ -493,7 +493,7 @@ class _Explorer:
         )
 
 
-def covers(example, index):
+def covers(example: Example, index: int) -> float:
     """The share of the picture that an object covers: what an even map would have inside."""
     return float(resize_masks(example.masks, *example.pixel_values.shape[2:])[index].mean())
 

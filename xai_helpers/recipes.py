@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -79,20 +80,20 @@ class Recipe:
         return model
 
 
-def cvt_positions(config, pixels):
+def cvt_positions(config: Any, pixels: int) -> int:
     """Each stage of a CvT begins with a strided convolution."""
     for kernel, stride, padding in zip(config.patch_sizes, config.patch_stride, config.patch_padding, strict=True):
         pixels = (pixels + 2 * padding - kernel) // stride + 1
     return pixels
 
 
-def rest_of_vit(model):
+def rest_of_vit(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """The last block, where CLS reads the patches for the last time, and what follows. Every token is the concept."""
     # Attention to tokens that are all alike does not depend on their number: one is enough.
     return lambda concepts: model.classifier(model.vit.layernorm(model.vit.layers[-1](concepts[:, None]))[:, 0])
 
 
-def rest_of_cvt(model, rows=14, columns=14):
+def rest_of_cvt(model: Any, rows: int = 14, columns: int = 14) -> Callable[[torch.Tensor], torch.Tensor]:
     """As for the ViT, but the block convolves the patches, so there has to be a map of them: 14 x 14 is 224 pixels."""
 
     def head(concepts):

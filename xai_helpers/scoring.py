@@ -15,7 +15,7 @@ from PIL import Image
 if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
 
-Methods = Mapping[str, Callable[[torch.Tensor, list[str]], np.ndarray]]
+Methods = Mapping[str, Callable[[torch.Tensor, list[str]], np.ndarray] | Sequence[np.ndarray]]
 
 
 @dataclass
@@ -162,14 +162,18 @@ def score_maps(methods: Methods, examples: Sequence[Example]) -> "pd.DataFrame":
     """Score methods map by map, beside the baselines "centre dot" and "random map".
 
     Args:
-        methods: name -> function (pixel_values, categories) -> maps, one a category.
+        methods: name -> function (pixel_values, categories) -> maps, one a category; or a list of such maps that are
+            made already, an array an example.
         examples: `Example` objects with at least two objects each.
 
     Returns:
         A pandas DataFrame with the index levels "method", "scene" (the number of the example) and "category", a row a
         map: "pointing" (1 where its maximum lies on the object, else 0), "energy" (share of the map inside the object),
         "on the other" (1 where its maximum lies on another object of the picture, else 0), "seconds" (of the call that
-        made all maps of the scene; they depend on the machine, so compare them within a run only).
+        made all maps of the scene; they depend on the machine, so compare them within a run only; NaN without a call).
+
+    Raises:
+        ValueError: a list of maps of another length than the examples, and what `hits` raises.
     """
     import pandas as pd
 
@@ -181,10 +185,16 @@ def score_maps(methods: Methods, examples: Sequence[Example]) -> "pd.DataFrame":
     rows: list[tuple[float, ...]] = []
     for name, method in {**methods, **baselines}.items():
         seeds = itertools.count()
+        if not callable(method) and len(method) != len(examples):
+            raise ValueError(f"{name!r}: {len(method)} arrays of maps for {len(examples)} examples; each has one")
         for number, example in enumerate(examples):
             start = time.perf_counter()
-            maps = without_device(method(example.pixel_values, example.categories))
-            seconds = [time.perf_counter() - start] * len(maps)
+            if callable(method):
+                maps = without_device(method(example.pixel_values, example.categories))
+                seconds = [time.perf_counter() - start] * len(maps)
+            else:
+                maps = without_device(method[number])
+                seconds = [np.nan] * len(maps)
             others = np.array([np.delete(example.masks, i, axis=0).any(axis=0) for i in range(len(maps))])
             scores = hits(maps, example.masks), energy_inside(maps, example.masks), hits(maps, others), seconds
             rows.extend(zip(*scores, strict=True))
