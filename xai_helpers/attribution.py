@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import torch
 
+from xai_helpers.balance import balanced_gradients, check_rules_reach
+from xai_helpers.layers import NO_GRADIENT
 from xai_helpers.wrappers import LogitsModel, category_targets, check_count, frozen, input_for
 
 
@@ -45,27 +47,29 @@ def attribute(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
     categories: str | int | Callable | Sequence,
-    method: Callable | None = None,
+    method: Callable | str | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """How much each pixel speaks for or against each category, by one of Captum's methods.
+    """How much each pixel speaks for or against each category, by one of Captum's methods or balanced gradients.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         categories: as in `cam.explain`.
         method: a class of Captum such as Saliency or IntegratedGradients, or a function of a scorer that makes one,
-            such as `lambda net: NoiseTunnel(Saliency(net))`; None: Saliency.
+            such as `lambda net: NoiseTunnel(Saliency(net))`; None: Saliency. "balanced": value times balanced gradient
+            (`balance.balanced_gradients`), whose option is `gamma`.
         options: for its `attribute`, such as `n_steps` or `nt_samples`. Tensors, such as `baselines`, may be on any
             device.
 
     Returns:
         A float32 array (n_categories, height, width) in [0, 1]: the absolute attributions, summed over the channels and
-        divided by the largest of the map.
+        divided by the largest of the map. With "balanced" the attributions themselves, signed and not scaled, summed
+        over the channels: those of all pixels, and of the model's biases and other constants, add up to the score.
 
     Raises:
-        ValueError: an unknown category, or a callable that returns no single number; pixel_values of another shape or
-            not finite; a model in half precision.
+        ValueError: an unknown method or category, or a callable that returns no single number; pixel_values of another
+            shape or not finite; a model in half precision; for "balanced", one of torch.jit or without a gradient.
 
     Example:
         >>> from captum.attr import IntegratedGradients
@@ -79,6 +83,10 @@ def attribute(
     from captum.attr import Saliency  # late: most explanations need no Captum
 
     pixel_values = input_for(model, pixel_values)
+    if isinstance(method, str):
+        if method != "balanced":
+            raise ValueError(f'there is no method {method!r}: give "balanced", or a class of Captum')
+        return _balanced(model, pixel_values, categories, **options)
     options = {name: _like(option, pixel_values) for name, option in options.items()}
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), _captum_tidied(scorer), warnings.catch_warnings():
@@ -90,6 +98,19 @@ def attribute(
             for i in range(len(scorer.targets))
         ]
     return _scaled(torch.cat(found).abs().sum(dim=1).cpu().numpy())
+
+
+def _balanced(model, pixel_values, categories, **options):
+    """Value times balanced gradient at the pixels, summed over the channels."""
+    scorer, source = _Score(model, category_targets(model, categories)), pixel_values.clone().requires_grad_()
+    with frozen(scorer):
+        check_rules_reach(scorer)
+        with balanced_gradients(**options):
+            scores = scorer(source)[0]
+        if not scores.requires_grad:
+            raise ValueError(NO_GRADIENT)
+        gradients = [torch.autograd.grad(score, source, retain_graph=True)[0] for score in scores]
+    return np.concatenate([(pixel_values * gradient).sum(dim=1).numpy(force=True) for gradient in gradients])
 
 
 def _like(option, pixel_values):

@@ -1,7 +1,8 @@
-"""Class activation maps of many categories from one forward pass; grad-cam computes them."""
+"""Maps of many categories from one forward pass: without a layer by balanced gradients, with one by grad-cam's CAMs."""
 
 import contextlib
 import inspect
+import math
 import os
 import time
 import types
@@ -11,8 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from xai_helpers.balance import balanced_gradients, check_rules_reach
+from xai_helpers.cuts import complete_cuts, outputs_of_modules, read_as_maps
+from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import (
     LogitsModel,
@@ -31,13 +36,22 @@ def explain(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
     categories: str | int | Callable | Sequence,
-    target_layer: torch.nn.Module | list[torch.nn.Module],
+    target_layer: torch.nn.Module | list[torch.nn.Module] | None = None,
     reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     method: type | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Shows what in an image speaks for each category, by default with Grad-CAM (Selvaraju et al., ICCV 2017).
+    """Shows what in an image speaks for each category.
 
+    *Without a layer*, by balanced gradients (`balance.balanced_gradients`), in any model that gradients flow through.
+    The score is accounted for at several depths: at the pixels, and at every place that all ways from the score to the
+    pixels lead through (`cuts.complete_cuts`). At each, gradient times (value minus six tenths of its mean over the
+    positions) is summed over the channels, enlarged, smoothed and divided by its sum of absolute values. The map is
+    the positive part of the sum over the pixels and the first half of the depths, times the root of that over the
+    second half. It is a display; what adds up to the score is what `attribute(..., method="balanced")` returns. The
+    image runs through the model once, and back once a category.
+
+    *With a layer*, by a class activation map, Grad-CAM (Selvaraju et al., ICCV 2017) unless another one is asked for.
     The image runs through the model once. At the target layer its activations are repeated, one row a category, so
     only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
     for the repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it
@@ -48,19 +62,22 @@ def explain(
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
-        target_layer: the module whose output is explained, or a list of modules whose maps are averaged. FullGrad
-            reads all layers with a bias, whichever is given.
+        target_layer: None; or the module whose output is explained, or a list of modules whose maps are averaged.
+            FullGrad reads all layers with a bias, whichever is given.
         reshape_transform: turns that output into (batch, channels, height, width); None if it has that shape.
         method: a class of grad-cam derived from its BaseCAM; None: GradCAM.
-        options: `aug_smooth` and `eigen_smooth` as in grad-cam's call, others for the method's constructor.
+        options: without a layer, `signed=True` for a map that also shows what speaks against the category, and `gamma`
+            as in `balanced_gradients`. With a layer, `aug_smooth` and `eigen_smooth` as in grad-cam's call, others for
+            the method's constructor.
 
     Returns:
-        A float32 array (n_categories, height, width) in [0, 1], at the size of pixel_values. A map is zero
-        everywhere where nothing at the target layer speaks for the category.
+        A float32 array (n_categories, height, width) in [0, 1], or in [-1, 1] if signed, at the size of pixel_values.
+        A map is zero everywhere where nothing (at the target layer) speaks for the category.
 
     Raises:
         ValueError: an unknown category or method; a callable that returns no single number; pixel_values of another
-            shape or not finite; no layer, or one that is not in the model, is not reached, has no positions or gets no
+            shape or not finite; a model without a gradient, or of torch.jit; a method or reshape transform without a
+            layer; an empty list of layers, or one that is not in the model, is not reached, has no positions or gets no
             gradient; a reshape transform that does not fit; FullGrad for a model with biases that it does not read;
             ShapleyCAM with a reshape transform; a model in half precision or without parameters.
         TypeError: an option that the method does not have.
@@ -69,10 +86,13 @@ def explain(
         >>> from xai_helpers.checkpoints import examples, load
         >>> model, processor = load("resnet", weights="bundled")
         >>> [example] = examples(model, processor, 1)
-        >>> maps = explain(model, example.pixel_values, example.categories, model.resnet.encoder.stages[-1])
+        >>> maps = explain(model, example.pixel_values, example.categories)
         >>> maps.shape  # a scene with two objects
         (2, 128, 128)
+        >>> grad_cam = explain(model, example.pixel_values, example.categories, model.resnet.encoder.stages[-1])
     """
+    if target_layer is None:
+        return _without_layer(model, pixel_values, categories, reshape_transform, method, **options)
     # grad-cam brings scikit-learn along, which takes a while to import: late, here and below.
     from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
     from pytorch_grad_cam.base_cam import BaseCAM
@@ -120,6 +140,69 @@ def explain(
             stack.enter_context(eager_attention(fork))  # ShapleyCAM differentiates twice
         maps = run(cam, fork, pixel_values, targets, call_options)
     return np.asarray(maps, np.float32)
+
+
+CENTRE = 0.6  # of the mean over the positions is taken off
+BLUR = 0.02  # of the longer side
+
+
+def _without_layer(model, pixel_values, categories, reshape_transform, method, signed=False, gamma=0.25):
+    if method is not None or reshape_transform is not None:
+        what = "a reshape transform" if method is None else getattr(method, "__name__", repr(method))
+        raise ValueError(f"{what} needs a target layer; {ADVICE}. Without a layer, explain takes neither")
+    pixel_values = input_for(model, pixel_values)
+    scorer, source = LogitsModel(model), pixel_values.clone().requires_grad_()
+    targets = category_targets(model, categories)
+    with frozen(scorer):
+        check_rules_reach(scorer)
+        with balanced_gradients(gamma), outputs_of_modules(scorer) as tensors:
+            scores = scorer(source)[0]
+            picked = [target(scores) for target in targets]
+        for target in picked:
+            if not target.requires_grad:
+                raise ValueError(NO_GRADIENT)
+        cuts = read_as_maps(complete_cuts(torch.stack(picked).sum(), source, tensors), source)
+        maps = [_over_depths(target, source, cuts, signed) for target in picked]
+    return torch.stack(maps).numpy(force=True).astype(np.float32)
+
+
+def _over_depths(score, source, cuts, signed):
+    """The map of one score, (height, width), from its relevance at the pixels and at complete cuts."""
+    depths = [(source, lambda pixels: pixels), *cuts]
+    gradients = torch.autograd.grad(score, [tensor for tensor, _ in depths], retain_graph=True)
+    if not any(gradient.any() for gradient in gradients):
+        raise ValueError(ZERO_GRADIENT)
+    size, maps = source.shape[2:], []
+    for (tensor, lay_out), gradient in zip(depths, gradients, strict=True):
+        values, gradient = lay_out(tensor.detach()), lay_out(gradient)
+        centred = values - CENTRE * values.mean(dim=(2, 3), keepdim=True)
+        relevance = (centred * gradient).sum(dim=1, keepdim=True)
+        maps.append(F.interpolate(relevance, size, mode="bilinear", align_corners=False))
+    smooth = _smoothed(torch.cat(maps))
+    shares = smooth / smooth.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
+    n_early = 1 + math.ceil(len(cuts) / 2)
+    early, late = shares[:n_early].sum(dim=(0, 1)), shares[n_early:].sum(dim=(0, 1))
+
+    def towards(sign):
+        heat = (sign * early).clamp(min=0)
+        return heat * (sign * late).clamp(min=0).sqrt() if n_early < len(depths) else heat
+
+    heat = towards(1) - towards(-1) if signed else towards(1)
+    return heat / heat.abs().max().clamp(min=1e-30)
+
+
+def _smoothed(maps):
+    """Blurred by a Gaussian, (n, 1, height, width)."""
+    for side in (2, 3):
+        sigma = BLUR * max(maps.shape[2:])
+        reach = min(int(3 * sigma + 0.5), maps.shape[side] - 1)
+        steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+        kernel = torch.exp(-((steps / sigma) ** 2) / 2)
+        shape = [1, 1, 1, 1]
+        shape[side] = len(steps)
+        around = (0, 0, reach, reach) if side == 2 else (reach, reach, 0, 0)
+        maps = F.conv2d(F.pad(maps, around, mode="reflect"), (kernel / kernel.sum()).reshape(shape))
+    return maps
 
 
 def _ablation_layer(reshape_transform):

@@ -1,0 +1,205 @@
+"""Complete cuts: the depths of a network that every way from the score to the picture leads through."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from xai_helpers.reshape import channels_last_to_map, tokens_to_map
+
+SLACK = 0.2  # by which the shape of a grid may differ from that of the picture
+MISPLACED = 0.5  # tokens
+
+
+def _tensor_in(output: Any) -> torch.Tensor | None:
+    """What a module puts out, without the tuples and dataclasses around it."""
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    output = getattr(output, "last_hidden_state", output)
+    return output if isinstance(output, torch.Tensor) else None
+
+
+@contextlib.contextmanager
+def outputs_of_modules(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within, collects what the modules inside a model put out, each tensor once, in the order of the computation."""
+    kept: list[torch.Tensor] = []
+    known = set()
+
+    def keep(module, inputs, output):
+        tensor = _tensor_in(output)
+        if tensor is not None and tensor.requires_grad and id(tensor) not in known:
+            known.add(id(tensor))
+            kept.append(tensor)
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if module is not model:
+                stack.enter_context(module.register_forward_hook(keep))
+        yield kept
+
+
+def complete_cuts(score: torch.Tensor, source: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of some tensors that every way from the score back to the source leads through.
+
+    They are found by counting paths in autograd's graph: those from the score to a tensor, times those from it to the
+    source, are all of them. The relevance of such a tensor, gradient times value, is an account of the whole score.
+
+    Args:
+        score: a scalar with a graph.
+        source: a leaf that requires a gradient.
+        tensors: some that the score may have been computed from.
+
+    Returns:
+        Those that are complete, in the given order.
+
+    Example:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> inner = x * 2
+        >>> branch = inner * 3
+        >>> [one is inner for one in complete_cuts((inner + branch).sum(), x, [inner, branch])]
+        [True]
+    """
+    through, paths = _paths(score, source)
+    return [tensor for tensor in tensors if paths and through(tensor) == paths]
+
+
+def _paths(score, source):
+    """How many paths from the score to the source lead through a tensor, as a function, and how many there are."""
+    order, seen, stack = [], set(), [(score.grad_fn, False)]
+    while stack:  # depth first, sources first
+        node, is_done = stack.pop()
+        if is_done:
+            order.append(node)
+        elif node is not None and node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(before, False) for before, _ in node.next_functions]
+    leaf = source.view_as(source).grad_fn.next_functions[0][0]
+    to_source = {None: 0}
+    for node in order:
+        to_source[node] = 1 if node is leaf else sum(to_source[before] for before, _ in node.next_functions)
+    at_output, at_node = {(score.grad_fn, score.output_nr): 1}, dict.fromkeys(order, 0) | {score.grad_fn: 1}
+    for node in reversed(order):
+        for before, number in node.next_functions:
+            if before is not None:
+                at_output[before, number] = at_output.get((before, number), 0) + at_node[node]
+                at_node[before] += at_node[node]
+
+    def through(tensor):
+        return at_output.get((tensor.grad_fn, tensor.output_nr), 0) * to_source.get(tensor.grad_fn, 0)
+
+    return through, to_source[score.grad_fn]
+
+
+def _grids(positions, height, width):
+    """Rows and columns that at most so many positions may be laid out in, of the shape of a picture."""
+    for rows in range(2, height + 1):
+        near = rows * width / height
+        for columns in {int(near), int(near) + 1}:
+            if 1 < columns and rows * columns <= positions and not _misfit((rows, columns), height, width):
+                yield rows, columns
+
+
+def _misfit(grid, height, width):
+    """How far the shape of a grid is from that of a picture, 0 if it is so to a cell; infinite if it is too far off."""
+    rows, columns = grid
+    if not (1 < rows <= height and 1 < columns <= width):
+        return math.inf
+    if min(abs(columns - rows * width / height), abs(rows - columns * height / width)) < 1:
+        return 0
+    difference = abs(columns / rows / (width / height) - 1)
+    return difference if difference < SLACK else math.inf
+
+
+def _places(tokens, known, known_map):
+    """At which token each position of an earlier map arrives: (rows, columns), in tokens.
+
+    The gradient of all tokens' sum, and that of the same sum with each token times its number: where one token reads a
+    position, their quotient is its number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(tokens.shape[2], generator=generator).to(tokens)
+    read = tokens[0] @ weights
+    numbers = torch.arange(len(read), device=read.device, dtype=read.dtype)
+    gradients = []
+    for output in (read.sum(), (read * numbers).sum()):
+        (gradient,) = torch.autograd.grad(output, known, retain_graph=True, allow_unused=True)
+        if gradient is None:
+            return None
+        gradients.append(known_map(gradient)[0])
+    once, numbered = gradients
+    return (once * numbered).sum(0) / once.square().sum(0).clamp(min=1e-30)
+
+
+def _laid_out(tokens, known, known_map, height, width):
+    """The grid, and the tokens before it, in which tokens stand for places; None if they do not."""
+    found = _places(tokens, known, known_map)
+    if found is None:
+        return None
+    best = None
+    y, x = (torch.arange(side, device=found.device) + 0.5 for side in found.shape)
+    for rows, columns in _grids(tokens.shape[1], height, width):
+        row, column = (y * rows / len(y)).long(), (x * columns / len(x)).long()
+        number = row[:, None] * columns + column
+        prefix = int((found - number).median().round())
+        if 0 <= prefix <= tokens.shape[1] - rows * columns:
+            error = (found - number - prefix).abs().median().item()
+            if best is None or error < best[0]:
+                best = error, (rows, columns), prefix
+    return best[1:] if best is not None and best[0] < MISPLACED else None
+
+
+def read_as_maps(
+    tensors: list[torch.Tensor], source: torch.Tensor
+) -> list[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Those of some tensors that have positions of a picture, each with what lays it out as a map.
+
+    Channels may be first or last. Tokens are laid out as the model laid them: at which token a patch arrives is asked
+    of the gradient between one tensor and the next, so that CLS, register, detection and prompt tokens, in front or
+    behind, do not count as places.
+
+    Args:
+        tensors: of one picture, (1, ...), in the order of the computation, with a graph back to the source.
+        source: pixel values (1, channels, height, width).
+
+    Returns:
+        (tensor, function to (1, channels, rows, columns)) for those that can be read.
+    """
+    height, width = source.shape[2:]
+    readings, tokens_known = [], {}
+    known, known_map = source, _as_it_is
+    for tensor in tensors:
+        lay_out = None
+        if tensor.ndim == 4 and len(tensor) == 1:
+            first, last = (_misfit(grid, height, width) for grid in (tensor.shape[2:], tensor.shape[1:3]))
+            if first == last < math.inf:  # then the one whose places are where they were
+                as_tokens = tensor.flatten(1, 2)
+                last -= _laid_out(as_tokens, known, known_map, height, width) == (tuple(tensor.shape[1:3]), 0)
+            if min(first, last) < math.inf:
+                lay_out = _as_it_is if first <= last else channels_last_to_map
+        elif tensor.ndim == 3 and len(tensor) == 1:
+            n = tensor.shape[1]
+            if n not in tokens_known:
+                found = _laid_out(tensor, known, known_map, height, width)
+                if found is not None:
+                    tokens_known[n] = found
+            if n in tokens_known:
+                grid, prefix = tokens_known[n]
+                lay_out = _patches(grid, prefix)
+        if lay_out is not None:
+            readings.append((tensor, lay_out))
+            known, known_map = tensor, lay_out
+    return readings
+
+
+def _as_it_is(tensor):
+    return tensor
+
+
+def _patches(grid, prefix):
+    def lay_out(tokens):
+        return tokens_to_map(tokens[:, : prefix + grid[0] * grid[1]], grid, prefix)
+
+    return lay_out
