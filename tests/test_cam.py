@@ -1,3 +1,4 @@
+import copy
 import functools
 import warnings
 
@@ -21,12 +22,18 @@ from pytorch_grad_cam.ablation_layer import AblationLayerVit
 from pytorch_grad_cam.utils.image import scale_accross_batch_and_channels
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from rehearsal import accelerator
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
+from xai_helpers import wrappers
 from xai_helpers.cam import explain
+from xai_helpers.checkpoints import examples, load
 from xai_helpers.reshape import tokens_to_map
+from xai_helpers.scenes import labels
+from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import LogitsModel
 
 GRID = functools.partial(tokens_to_map, grid=(4, 4))
@@ -715,3 +722,175 @@ def test_a_model_on_another_device_gets_the_same_maps(method):
         for pixel_values in (picture(), picture().to(device)):
             maps = explain(model.to(device), pixel_values, [0, 1], layers, reshape_transform, method)
             np.testing.assert_allclose(maps, wanted, atol=1e-3)
+
+
+# Without a layer
+
+
+class Chain(nn.Module):
+    """Two channels of the picture go through n convolutions that change nothing; scores are sums of their means."""
+
+    def __init__(self, n, weights=((1.0, 0.0), (-0.5, 2.0))):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 2, 2, 1, bias=False) for i in range(n)))
+        for layer in self.layers:
+            layer.weight.data = torch.eye(3)[:2, : layer.in_channels, None, None]
+        self.weights = torch.tensor(weights)
+
+    def forward(self, x):
+        return self.layers(x).mean(dim=(2, 3)) @ self.weights.T
+
+
+def relevance_of_chain(x, weights):
+    """Worked out by hand: at each depth the same, without the third channel, which no score reads."""
+    channels = x[0, :2].numpy().astype(np.float64)
+    centred = channels - 0.6 * channels.mean(axis=(1, 2), keepdims=True)
+    summed = np.tensordot(weights, centred, axes=(1, 0))
+    sigma = 0.02 * max(summed.shape[1:])
+    return np.stack([gaussian_filter(one, sigma, mode="mirror", truncate=3) for one in summed])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(32, 32), (24, 60)])
+def test_a_map_without_a_layer_worked_out_by_hand(n, size):
+    model, x = Chain(n), picture(*size)
+    relevance = relevance_of_chain(x, model.weights.numpy())
+    power = 1 if n == 1 else 1.5  # times the root of the later depths, where there are any
+    signed = np.sign(relevance) * np.abs(relevance) ** power
+    wanted = signed.clip(min=0) / signed.max(axis=(1, 2), keepdims=True)
+    maps = explain(model, x, [0, 1], gamma=0)
+    assert maps.dtype == np.float32
+    np.testing.assert_allclose(maps, wanted, atol=1e-5)
+    signed /= np.abs(signed).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(explain(model, x, [0, 1], signed=True, gamma=0), signed, atol=1e-5)
+
+
+def test_what_speaks_against_is_negative():
+    weights = ((-1.0, 0.0),)
+    x = torch.zeros(1, 3, 32, 32)
+    x[0, 0, 8:16, 8:16] = 1
+    maps = explain(Chain(2, weights), x, [0], signed=True)
+    assert maps[0, 12, 12] == maps.min() == pytest.approx(-1, abs=1e-3)
+    assert explain(Chain(2, weights), x, [0])[0, 12, 12] == 0
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "cnn"])
+def test_without_a_layer_a_category_costs_a_backward_pass(name):
+    model, *_ = tiny(name)
+    with wrappers.count_passes(model) as passed:
+        maps = explain(model, picture(), [0, 3, 1])
+    assert passed == {"pictures": 1, "backward passes": 3}
+    assert maps.shape == (3, 32, 32) and maps.min() >= 0 and maps.max(axis=(1, 2)) == pytest.approx([1, 1, 1])
+    np.testing.assert_array_equal(explain(model, picture(), 3)[0], maps[1])
+
+
+def test_without_a_layer_names_indices_and_callables_say_the_same():
+    model, *_ = tiny("vit")
+    maps = explain(model, picture(), ["coffee cup", 1, lambda scores: scores[1]])
+    np.testing.assert_array_equal(maps[0], maps[1])
+    np.testing.assert_array_equal(maps[0], maps[2])
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "cnn"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_a_layer_the_model_its_input_and_chance_are_as_before(name, fails):
+    model, *_ = tiny(name)
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+    x, before, drawn = picture(), state(model), torch.get_rng_state()
+    kept = x.clone()
+    with torch.no_grad():
+        if fails:
+            with pytest.raises(ValueError, match="makes a tensor of one number"):
+                explain(model, x, [0, lambda scores: scores])
+        else:
+            in_train_mode = explain(model, x, [0])
+            np.testing.assert_array_equal(in_train_mode, explain(model.eval(), x, [0]))
+            model.train()
+    assert state(model) == before and torch.equal(x, kept) and torch.equal(torch.get_rng_state(), drawn)
+    a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    assert torch.autograd.grad(a * b, a)[0] == 5  # not half
+
+
+def test_a_compiled_model_is_explained_as_it_was_written():
+    model, *_ = tiny("cnn")
+    np.testing.assert_array_equal(explain(torch.compile(model), picture(), 0), explain(model, picture(), 0))
+
+
+class Cut(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.model(x)
+
+
+def test_without_a_layer_errors_say_what_is_wrong():
+    model, layer, reshape_transform = tiny("vit")
+    with pytest.raises(ValueError, match=r"^HiResCAM needs a target layer; find_target_layers\("):
+        explain(model, picture(), 0, method=HiResCAM)
+    with pytest.raises(ValueError, match=r"^a reshape transform needs a target layer; find_target_layers\("):
+        explain(model, picture(), 0, reshape_transform=reshape_transform)
+    with pytest.raises(TypeError, match="aug_smooth"):
+        explain(model, picture(), 0, aug_smooth=True)
+    with pytest.raises(ValueError, match="gamma is a number of at least 0"):
+        explain(model, picture(), 0, gamma=-1)
+    with pytest.raises(ValueError, match="unsqueeze"):
+        explain(model, picture()[0], 0)
+    with pytest.raises(ValueError, match="no category 'cap'; the closest are: "):
+        explain(model, picture(), "cap")
+    with pytest.raises(ValueError, match="the scores have no gradient"):
+        explain(Cut(model), picture(), 0)
+    model.classifier.weight.data.zero_()
+    with pytest.raises(ValueError, match="gradient of the scores is zero everywhere"):
+        explain(model, picture(), 0)
+    with pytest.raises(ValueError, match=r"the model computes in torch\.bfloat16.*model\.float\(\)"):
+        explain(model.bfloat16(), picture(), 0)
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "cnn"])
+def test_without_a_layer_a_model_on_another_device_gets_the_same_maps(name):
+    model, *_ = tiny(name)
+    wanted = explain(model, picture(), [0, 1])
+    with accelerator() as device:
+        for pixel_values in (picture(), picture().to(device)):
+            np.testing.assert_allclose(explain(model.to(device), pixel_values, [0, 1]), wanted, atol=1e-3)
+
+
+def trained(name):
+    """A bundled model and its processor; a CLIP tells its prompts apart."""
+    if not name.startswith("clip"):
+        return load(name, "bundled", "cpu")
+    clip, processor = load(name, "bundled", "cpu")
+    prompts = {label: f"a photo of a {label}" for label in labels()}
+    return wrappers.PromptClassifier(clip, processor, prompts, scores="contrast"), processor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", "resnet vit swin segformer convnext regnet cvt mobilevit clip-base clip-large".split())
+def test_maps_without_a_layer_point_at_the_objects(name):
+    model, processor = trained(name)
+    scenes = examples(model, processor, 60)
+    table = score_table({"balanced": functools.partial(explain, model)}, scenes)
+    ours, baselines = table.loc["balanced"], table.loc[["centre dot", "random map"]].max()
+    assert ours["pointing"] > max(0.82, baselines["pointing"] + 0.5)
+    assert ours["energy"] > 0.55 and ours["on the other"] <= 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])
+def test_maps_without_a_layer_pass_the_sanity_check(name):
+    """With a random classifier the map is another one (Adebayo et al., NeurIPS 2018)."""
+    model, processor = trained(name)
+    broken = copy.deepcopy(model)
+    head = [module for module in broken.modules() if isinstance(module, nn.Linear)][-1]
+    correlations = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for example in examples(model, processor, 8) * 3:
+            head.reset_parameters()
+            maps = [explain(one, example.pixel_values, example.categories[:1]).ravel() for one in (model, broken)]
+            correlations.append(spearmanr(*maps).statistic)
+    assert np.mean(correlations) < 0.2

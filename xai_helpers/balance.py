@@ -279,16 +279,18 @@ def _by_channel(values, x):
     return values.reshape(1, -1, *[1] * (x.ndim - 2))
 
 
-def _times(x, constant, func, *args, **kwargs):
+def _value(func, *args, **kwargs):
     with torch.no_grad():
-        value = func(x, *args, **kwargs)
-    return _Times.apply(x, constant, value)
+        value = func(*args, **kwargs)
+    return value.clone() if value._is_view() else value
+
+
+def _times(x, constant, func, *args, **kwargs):
+    return _Times.apply(x, constant, _value(func, x, *args, **kwargs))
 
 
 def _with_value_of(path, func, *args, **kwargs):
-    with torch.no_grad():
-        value = func(*args, **kwargs)
-    return _Value.apply(path, value)
+    return _Value.apply(path, _value(func, *args, **kwargs))
 
 
 def _layer_norm(gamma, func, input, normalized_shape, weight=None, bias=None, eps=1e-5, *others):

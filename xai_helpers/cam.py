@@ -196,7 +196,7 @@ def _smoothed(maps):
     for side in (2, 3):
         sigma = BLUR * max(maps.shape[2:])
         reach = min(int(3 * sigma + 0.5), maps.shape[side] - 1)
-        steps = torch.arange(-reach, reach + 1, device=maps.device, dtype=maps.dtype)
+        steps = torch.arange(2 * reach + 1, device=maps.device, dtype=maps.dtype) - reach
         kernel = torch.exp(-((steps / sigma) ** 2) / 2)
         shape = [1, 1, 1, 1]
         shape[side] = len(steps)

@@ -11,6 +11,7 @@ from xai_helpers.reshape import channels_last_to_map, tokens_to_map
 
 SLACK = 0.2  # by which the shape of a grid may differ from that of the picture
 MISPLACED = 0.5  # tokens
+AGREEMENT = 0.5  # of signs: 1 if all are alike, and 0 by chance
 
 
 def _tensor_in(output: Any) -> torch.Tensor | None:
@@ -94,11 +95,12 @@ def _paths(score, source):
 
 
 def _grids(positions, height, width):
-    """Rows and columns that at most so many positions may be laid out in, of the shape of a picture."""
+    """Rows and columns of the shape of a picture that most of some positions may be laid out in."""
     for rows in range(2, height + 1):
         near = rows * width / height
         for columns in {int(near), int(near) + 1}:
-            if 1 < columns and rows * columns <= positions and not _misfit((rows, columns), height, width):
+            is_most = positions / 3 <= rows * columns <= positions
+            if 1 < columns and is_most and not _misfit((rows, columns), height, width):
                 yield rows, columns
 
 
@@ -113,42 +115,50 @@ def _misfit(grid, height, width):
     return difference if difference < SLACK else math.inf
 
 
-def _places(tokens, known, known_map):
-    """At which token each position of an earlier map arrives: (rows, columns), in tokens.
+def _laid_out(tokens, known, known_map, height, width, may_be_mixed=True):
+    """The grid, and how many tokens stand before it, in which tokens stand for places; None if they do not.
 
-    The gradient of all tokens' sum, and that of the same sum with each token times its number: where one token reads a
-    position, their quotient is its number.
+    Gradients of the tokens' sum tell at which token a position of an earlier map arrives, if each token is times a code
+    of its number. Where one token reads a position, the quotient of the gradients of numbered and plain sum is its
+    number. Where others read it, too, as behind an attention, the gradients' signs with binary digits as codes tell
+    most digits of the one that reads most.
     """
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(tokens.shape[2], generator=generator).to(tokens)
-    read = tokens[0] @ weights
-    numbers = torch.arange(len(read), device=read.device, dtype=read.dtype)
-    gradients = []
-    for output in (read.sum(), (read * numbers).sum()):
-        (gradient,) = torch.autograd.grad(output, known, retain_graph=True, allow_unused=True)
-        if gradient is None:
-            return None
-        gradients.append(known_map(gradient)[0])
-    once, numbered = gradients
-    return (once * numbered).sum(0) / once.square().sum(0).clamp(min=1e-30)
+    n = tokens.shape[1]
+    weights = torch.randn(tokens.shape[2], generator=torch.Generator().manual_seed(0)).to(tokens)
+    read, numbers = tokens[0] @ weights, torch.arange(n, device=tokens.device)
 
+    def gradient_of(code):
+        (gradient,) = torch.autograd.grad((read * code).sum(), known, retain_graph=True)
+        return known_map(gradient)[0]
 
-def _laid_out(tokens, known, known_map, height, width):
-    """The grid, and the tokens before it, in which tokens stand for places; None if they do not."""
-    found = _places(tokens, known, known_map)
-    if found is None:
-        return None
-    best = None
-    y, x = (torch.arange(side, device=found.device) + 0.5 for side in found.shape)
-    for rows, columns in _grids(tokens.shape[1], height, width):
+    plain = gradient_of(torch.ones_like(read))
+    y, x = (torch.arange(side, device=known.device) + 0.5 for side in plain.shape[1:])
+
+    def expected(rows, columns):  # at which patch each position arrives
         row, column = (y * rows / len(y)).long(), (x * columns / len(x)).long()
-        number = row[:, None] * columns + column
+        return row[:, None] * columns + column
+
+    found = (gradient_of(numbers.to(read)) * plain).sum(0) / plain.square().sum(0).clamp(min=1e-30)
+    readings = []
+    for grid in _grids(n, height, width):
+        number = expected(*grid)
         prefix = int((found - number).median().round())
-        if 0 <= prefix <= tokens.shape[1] - rows * columns:
-            error = (found - number - prefix).abs().median().item()
-            if best is None or error < best[0]:
-                best = error, (rows, columns), prefix
-    return best[1:] if best is not None and best[0] < MISPLACED else None
+        if 0 <= prefix <= n - grid[0] * grid[1]:
+            readings.append(((found - number - prefix).abs().median().item(), (grid, prefix)))
+    error, reading = min(readings, default=(MISPLACED, None))
+    if error < MISPLACED or not may_be_mixed:
+        return reading if error < MISPLACED else None
+    digits = [(numbers >> digit & 1) * 2 - 1 for digit in range((n - 1).bit_length())]
+    signs = [(gradient_of(digit.to(read)) * plain).sum(0).sign().flatten() for digit in digits]
+    agree = torch.stack(digits, 1).to(read) @ torch.stack(signs) / len(digits)  # of each token and position, -1 to 1
+    readings = []
+    for grid in _grids(n, height, width):
+        prefixes = torch.arange(n - grid[0] * grid[1] + 1, device=known.device)
+        tokens_read = expected(*grid).flatten() + prefixes[:, None]
+        agreement, prefix = agree.gather(0, tokens_read).mean(dim=1).max(dim=0)
+        readings.append((agreement.item(), (grid, int(prefix))))
+    agreement, reading = max(readings, default=(0, None))
+    return reading if agreement > AGREEMENT else None
 
 
 def read_as_maps(
@@ -168,26 +178,22 @@ def read_as_maps(
         (tensor, function to (1, channels, rows, columns)) for those that can be read.
     """
     height, width = source.shape[2:]
-    readings, tokens_known = [], {}
+    readings, tokens_known = [], {}  # by their number
     known, known_map = source, _as_it_is
     for tensor in tensors:
         lay_out = None
         if tensor.ndim == 4 and len(tensor) == 1:
             first, last = (_misfit(grid, height, width) for grid in (tensor.shape[2:], tensor.shape[1:3]))
             if first == last < math.inf:  # then the one whose places are where they were
-                as_tokens = tensor.flatten(1, 2)
-                last -= _laid_out(as_tokens, known, known_map, height, width) == (tuple(tensor.shape[1:3]), 0)
+                found = _laid_out(tensor.flatten(1, 2), known, known_map, height, width, may_be_mixed=False)
+                last -= found == (tuple(tensor.shape[1:3]), 0)
             if min(first, last) < math.inf:
                 lay_out = _as_it_is if first <= last else channels_last_to_map
-        elif tensor.ndim == 3 and len(tensor) == 1:
+        elif tensor.ndim == 3 and len(tensor) == 1 and tensor.shape[1] >= 4:
             n = tensor.shape[1]
             if n not in tokens_known:
-                found = _laid_out(tensor, known, known_map, height, width)
-                if found is not None:
-                    tokens_known[n] = found
-            if n in tokens_known:
-                grid, prefix = tokens_known[n]
-                lay_out = _patches(grid, prefix)
+                tokens_known[n] = _laid_out(tensor, known, known_map, height, width)
+            lay_out = tokens_known[n] and _patches(*tokens_known[n])
         if lay_out is not None:
             readings.append((tensor, lay_out))
             known, known_map = tensor, lay_out
