@@ -1,7 +1,7 @@
 """What an explanation costs, in forward passes: `python -m benchmarks.explain_cost`.
 
 ResNet-50 and ViT-B/16 with random weights, one picture of 224 x 224. "plain" is grad-cam as its tutorials call it: the
-image repeated for each category, and parameters that require gradients.
+image repeated for each category, and parameters that require gradients. "without a layer" is balanced gradients.
 """
 
 import argparse
@@ -73,6 +73,7 @@ def main():
                 "forward": functools.partial(forward, model, pixel_values),
                 "plain": functools.partial(plain, *arguments),
                 "explain": functools.partial(explain, *arguments),
+                "without a layer": functools.partial(explain, *arguments[:3]),
             }
             results = zip(calls, measure(calls, repeats), strict=True)
             cells = [f"{call} {seconds:.3f} s ({ratio:.2f})" for call, (seconds, ratio) in results]

@@ -215,3 +215,28 @@ def test_a_model_on_another_device_gets_the_same_maps(resnet):
         for pixel_values in (example.pixel_values, example.pixel_values.to(device)):
             maps = [call(there, pixel_values, example.categories) for call in calls]
             np.testing.assert_allclose(maps, wanted, atol=1e-3)
+
+
+def test_balanced_attributions_are_signed_and_add_up_to_the_score():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=2, bias=False), torch.nn.SiLU(), torch.nn.GroupNorm(2, 8),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 3, bias=False),
+    )  # fmt: skip
+    x = torch.randn(1, 3, 12, 16)
+    found = attribute(net, x, [0, 2], "balanced")
+    assert found.shape == (2, 12, 16) and found.dtype == np.float32 and found.min() < 0 < found.max()
+    np.testing.assert_allclose(found.sum(axis=(1, 2)), net(x)[0, [0, 2]].detach(), atol=1e-5)
+    np.testing.assert_allclose(attribute(net, x, 2, "balanced", gamma=0)[0], found[1], atol=1e-6)  # no ReLU
+
+
+def test_balanced_attributions_say_what_is_wrong():
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(ValueError, match='no method \'balance\': give "balanced", or a class of Captum'):
+        attribute(net, x, 0, "balance")
+    with pytest.raises(TypeError, match="n_steps"):
+        attribute(net, x, 0, "balanced", n_steps=5)
+    net[2].register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(ValueError, match="the scores have no gradient"):
+        attribute(net, x, 0, "balanced")

@@ -29,6 +29,8 @@ def explain_found(model, x):
 
 
 METHODS = {
+    "balanced": lambda model, x: explain(model, x, [0, 1]),
+    "balanced, at the pixels": lambda model, x: attribute(model, x, [0, 1], "balanced"),
     "Grad-CAM": lambda model, x: explain_found(model, x),
     "relevance": lambda model, x: relevance(model, x, [0, 1]),
     "rollout": rollout,

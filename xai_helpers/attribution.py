@@ -106,7 +106,7 @@ def _balanced(model, pixel_values, categories, **options):
     with frozen(scorer):
         check_rules_reach(scorer)
         with balanced_gradients(**options):
-            scores = scorer(source)[0]
+            scores = scorer(source.clone())[0]  # on which it may work in place
         if not scores.requires_grad:
             raise ValueError(NO_GRADIENT)
         gradients = [torch.autograd.grad(score, source, retain_graph=True)[0] for score in scores]

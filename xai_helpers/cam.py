@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from xai_helpers.balance import balanced_gradients, check_rules_reach
-from xai_helpers.cuts import complete_cuts, outputs_of_modules, read_as_maps
+from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import (
@@ -155,13 +155,14 @@ def _without_layer(model, pixel_values, categories, reshape_transform, method, s
     targets = category_targets(model, categories)
     with frozen(scorer):
         check_rules_reach(scorer)
-        with balanced_gradients(gamma), outputs_of_modules(scorer) as tensors:
-            scores = scorer(source)[0]
+        with balanced_gradients(gamma), tensors_of_modules(scorer) as (tensors, outputs):
+            scores = scorer(source.clone())[0]  # on which it may work in place
             picked = [target(scores) for target in targets]
         for target in picked:
             if not target.requires_grad:
                 raise ValueError(NO_GRADIENT)
-        cuts = read_as_maps(complete_cuts(torch.stack(picked).sum(), source, tensors), source)
+        complete = complete_cuts(torch.stack(picked).sum(), source, tensors)
+        cuts = [(tensor, lay_out) for tensor, lay_out in read_as_maps(complete, source) if id(tensor) in outputs]
         maps = [_over_depths(target, source, cuts, signed) for target in picked]
     return torch.stack(maps).numpy(force=True).astype(np.float32)
 
@@ -185,7 +186,7 @@ def _over_depths(score, source, cuts, signed):
 
     def towards(sign):
         heat = (sign * early).clamp(min=0)
-        return heat * (sign * late).clamp(min=0).sqrt() if n_early < len(depths) else heat
+        return heat * (sign * late).clamp(min=0).sqrt() if late.any() else heat  # none where CLS has it all
 
     heat = towards(1) - towards(-1) if signed else towards(1)
     return heat / heat.abs().max().clamp(min=1e-30)

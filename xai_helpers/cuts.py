@@ -23,22 +23,34 @@ def _tensor_in(output: Any) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
-def outputs_of_modules(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within, collects what the modules inside a model put out, each tensor once, in the order of the computation."""
-    kept: list[torch.Tensor] = []
-    known = set()
+def tensors_of_modules(model: torch.nn.Module) -> Iterator[tuple[list[torch.Tensor], set[int]]]:
+    """Within, collects what the modules inside a model take and put out, in the order of the computation.
 
-    def keep(module, inputs, output):
-        tensor = _tensor_in(output)
-        if tensor is not None and tensor.requires_grad and id(tensor) not in known:
+    Yields:
+        The tensors that have a gradient, each once; and the `id` of those that some module has put out.
+    """
+    kept: list[torch.Tensor] = []
+    known: set[int] = set()
+    outputs: set[int] = set()
+
+    def keep(values):
+        tensor = _tensor_in(values)
+        if tensor is None or not tensor.requires_grad:
+            return None
+        if id(tensor) not in known:
             known.add(id(tensor))
             kept.append(tensor)
+        return id(tensor)
+
+    def at_output(module, inputs, output):
+        outputs.add(keep(output))
 
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if module is not model:
-                stack.enter_context(module.register_forward_hook(keep))
-        yield kept
+                stack.enter_context(module.register_forward_pre_hook(lambda module, inputs: keep(inputs) and None))
+                stack.enter_context(module.register_forward_hook(at_output))
+        yield kept, outputs
 
 
 def complete_cuts(score: torch.Tensor, source: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,0 +1,54 @@
+"""Where maps without a layer point, on scenes with known answers: `python -m benchmarks.balanced`.
+
+All bundled classifiers and CLIPs; test scenes with two objects, the same for all. Beside `explain` without a layer:
+gradient x input, which has no rules, relevance where a model has attention from CLS, and two baselines. In brackets the
+95 % bootstrap interval over scenes of the pointing game.
+"""
+
+import argparse
+import functools
+
+from captum.attr import InputXGradient
+
+from xai_helpers.attention import relevance
+from xai_helpers.attribution import attribute
+from xai_helpers.cam import explain
+from xai_helpers.checkpoints import CLIPS, HUB, examples, load
+from xai_helpers.scenes import labels
+from xai_helpers.scoring import bootstrap_interval, score_maps
+from xai_helpers.wrappers import PromptClassifier
+
+
+def models(names):
+    """Yields a name, a model and its processor; a CLIP tells prompts apart, by their contrast."""
+    for name in names:
+        model, processor = load(name, "bundled")
+        if name in CLIPS:
+            prompts = {label: f"a photo of a {label}" for label in labels()}
+            model = PromptClassifier(model, processor, prompts, scores="contrast")
+        yield name, model, processor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[*HUB, *CLIPS])
+    parser.add_argument("--scenes", type=int, default=120)
+    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    given = parser.parse_args()
+    for name, model, processor in models(given.names):
+        methods = {"balanced": functools.partial(explain, model)}
+        methods["gradient x input"] = functools.partial(attribute, model, method=InputXGradient)
+        if name == "vit" or name in CLIPS:
+            methods["relevance"] = functools.partial(relevance, model)
+        scores = score_maps(methods, examples(model, processor, given.scenes, given.split))
+        print(f"{name}, {given.scenes} {given.split} scenes")
+        for method, of_method in scores.groupby("method", sort=False):
+            low, high = bootstrap_interval(of_method["pointing"].groupby("scene").mean())
+            means = of_method.mean()
+            pointing = f"pointing {means['pointing']:.3f} [{low:.3f}, {high:.3f}]"
+            others = f"energy {means['energy']:.3f}  on the other {means['on the other']:.3f}"
+            print(f"  {method:17}{pointing}  {others}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
