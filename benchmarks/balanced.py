@@ -1,8 +1,8 @@
 """Where maps without a layer point, on scenes with known answers: `python -m benchmarks.balanced`.
 
 All bundled classifiers and CLIPs; test scenes with two objects, the same for all. Beside `explain` without a layer:
-gradient x input, which has no rules, relevance where a model has attention from CLS, and two baselines. In brackets the
-95 % bootstrap interval over scenes of the pointing game.
+gradient x input, which has no rules, Grad-CAM at the layer that a family's recipe names, relevance where a model has
+attention from CLS, and two baselines. In brackets the 95 % bootstrap interval over scenes of the pointing game.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from xai_helpers.attention import relevance
 from xai_helpers.attribution import attribute
 from xai_helpers.cam import explain
 from xai_helpers.checkpoints import CLIPS, HUB, examples, load
+from xai_helpers.recipes import RECIPES
 from xai_helpers.scenes import labels
 from xai_helpers.scoring import bootstrap_interval, score_maps
 from xai_helpers.wrappers import PromptClassifier
@@ -40,7 +41,12 @@ def main():
         methods["gradient x input"] = functools.partial(attribute, model, method=InputXGradient)
         if name == "vit" or name in CLIPS:
             methods["relevance"] = functools.partial(relevance, model)
-        scores = score_maps(methods, examples(model, processor, given.scenes, given.split))
+        scenes = examples(model, processor, given.scenes, given.split)
+        if name in RECIPES:
+            layer = RECIPES[name].cam(model, scenes[0].pixel_values)
+            at_layer = {"target_layer": layer.module, "reshape_transform": layer.reshape_transform}
+            methods["Grad-CAM"] = functools.partial(explain, model, **at_layer)
+        scores = score_maps(methods, scenes)
         print(f"{name}, {given.scenes} {given.split} scenes")
         for method, of_method in scores.groupby("method", sort=False):
             low, high = bootstrap_interval(of_method["pointing"].groupby("scene").mean())
