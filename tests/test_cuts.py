@@ -189,6 +189,23 @@ def test_merged_tokens_are_read_by_those_before():
     assert shapes == [(1, 4, 8, 12), (1, 4, 8, 12), (1, 8, 4, 6)]
 
 
+class OfBox(nn.Module):
+    """Scores of a box that is cut out of the features, as in Faster R-CNN."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.box, self.head = nn.Conv2d(3, 4, 2, stride=2), nn.Identity(), nn.Linear(100, 2)
+
+    def forward(self, x):
+        return self.head(self.box(self.features(x)[:, :, 2:7, 3:8].clone()).flatten(1))
+
+
+def test_what_is_cut_out_of_the_picture_is_no_map_of_it():
+    [(tensor, _)] = read(OfBox(), picture(24, 24))
+    assert tensor.shape == (1, 4, 12, 12)
+
+
 def test_windows_vectors_and_batches_are_left_out():
     x = picture(24, 24)
     windows = (x * 1).unflatten(3, (2, 12)).transpose(2, 3).flatten(0, 2)

@@ -173,6 +173,16 @@ def _laid_out(tokens, known, known_map, height, width, may_be_mixed=True):
     return reading if agreement > AGREEMENT else None
 
 
+def _covers(tensor, lay_out, known, known_map):
+    """Whether a map can be one of the whole picture, as the map before it; not so what is pooled from a box of it."""
+    before, rows = known_map(known).shape[2], lay_out(tensor).shape[2]
+    if min(abs(before / rows - usual) for usual in (1, 2, 4)) < 0.25:
+        return True  # as a step of a network; only another one is worth a look
+    weights = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    (gradient,) = torch.autograd.grad((tensor * weights).sum(), known, retain_graph=True)
+    return (known_map(gradient) != 0).any(dim=1).float().mean() > 0.5
+
+
 def read_as_maps(
     tensors: list[torch.Tensor], source: torch.Tensor
 ) -> list[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
@@ -180,7 +190,7 @@ def read_as_maps(
 
     Channels may be first or last. Tokens are laid out as the model laid them: at which token a patch arrives is asked
     of the gradient between one tensor and the next, so that CLS, register, detection and prompt tokens, in front or
-    behind, do not count as places.
+    behind, do not count as places. Neither do those of a box that was cut out of the picture.
 
     Args:
         tensors: of one picture, (1, ...), in the order of the computation, with a graph back to the source.
@@ -201,6 +211,8 @@ def read_as_maps(
                 last -= found == (tuple(tensor.shape[1:3]), 0)
             if min(first, last) < math.inf:
                 lay_out = _as_it_is if first <= last else channels_last_to_map
+                if not _covers(tensor, lay_out, known, known_map):
+                    lay_out = None
         elif tensor.ndim == 3 and len(tensor) == 1 and tensor.shape[1] >= 4:
             n = tensor.shape[1]
             if n not in tokens_known:
