@@ -332,7 +332,8 @@ def share_of_the_score(scorer, x, gamma, also=()):
     """Sum of gradient x input over the picture, divided by the score; and how far scores are from the model's."""
     with torch.no_grad():
         wanted = scorer(x)
-    also.clear() if also else None
+    if also:  # of the pass before
+        also.clear()
     source = x.clone().requires_grad_()
     with balanced_gradients(gamma):
         scores = scorer(source)

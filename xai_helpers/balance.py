@@ -341,9 +341,9 @@ def _batch_norm(gamma, func, input, *args, **kwargs):
         path = path if isinstance(weight, int) else path * _by_channel(weight, input)
         return _with_value_of(path, func, input, *args, **kwargs)
     scale = (options["running_var"] + options["eps"]).rsqrt() * weight
-    y, version = input.grad_fn and input.grad_fn.metadata.get(CONVOLUTION, (None, None)) or (None, None)
-    if y is not None and version == input._version:  # nothing was added in place since
-        plain, x, kernel, bias, convolution = y
+    found, version = (None, 0) if input.grad_fn is None else input.grad_fn.metadata.get(CONVOLUTION, (None, 0))
+    if found is not None and version == input._version:  # nothing was added in place since
+        plain, x, kernel, bias, convolution = found
         mean = options["running_mean"] - (0 if bias is None else bias)
         shift = (0 if options["bias"] is None else options["bias"].detach()) - scale * mean
         value = _times(plain, _by_channel(scale, plain), func, *args, **kwargs)

@@ -14,8 +14,8 @@ MISPLACED = 0.5  # tokens
 AGREEMENT = 0.5  # of signs: 1 if all are alike, and 0 by chance
 
 
-def _tensor_in(output: Any) -> torch.Tensor | None:
-    """What a module puts out, without the tuples and dataclasses around it."""
+def tensor_in(output: Any) -> torch.Tensor | None:
+    """The tensor that a module puts out: by itself, first in a tuple, or as last_hidden_state; None without one."""
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     output = getattr(output, "last_hidden_state", output)
@@ -34,7 +34,7 @@ def tensors_of_modules(model: torch.nn.Module) -> Iterator[tuple[list[torch.Tens
     outputs: set[int] = set()
 
     def keep(values):
-        tensor = _tensor_in(values)
+        tensor = tensor_in(values)
         if tensor is None or not tensor.requires_grad:
             return None
         if id(tensor) not in known:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from xai_helpers.cuts import tensor_in
 from xai_helpers.reshape import channels_last_to_map, layer_to_map, tokens_to_map
 from xai_helpers.wrappers import LogitsModel, category_targets, frozen, input_for, layer_path
 
@@ -441,13 +442,9 @@ def _count_ways(score, leaves):
 
 
 def _tensor_in(output):
-    """The float tensor that a module returns, by itself, first in a tuple or as last_hidden_state; None without one."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    elif not isinstance(output, torch.Tensor):
-        output = getattr(output, "last_hidden_state", None)
-    is_map = isinstance(output, torch.Tensor) and output.is_floating_point() and output.ndim in (3, 4)
-    return output if is_map else None
+    """The tensor that a module puts out, if it may have positions; None without one."""
+    tensor = tensor_in(output)
+    return tensor if tensor is not None and tensor.is_floating_point() and tensor.ndim in (3, 4) else None
 
 
 def _changed_images(image):

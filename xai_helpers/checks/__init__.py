@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr
 
-from xai_helpers.scoring import energy_inside, hits
+from xai_helpers.scoring import energy_inside, hits, without_device
 
 NO_SIGN = "has lost its sign: negative values are wanted, too"
 
@@ -46,7 +46,7 @@ def as_array(answer: Any, what: str, shape: Sequence[int] | None = None) -> np.n
     if answer is None or answer is Ellipsis:
         raise Wrong(f"{what} is {answer}: give it a value, or let the function return one.")
     try:
-        values = np.asarray(_without_device(answer), np.float64)
+        values = np.asarray(without_device(answer), np.float64)
     except (TypeError, ValueError) as error:
         raise Wrong(f"{what} has to be a tensor or an array of numbers, not {type(answer).__name__}.") from error
     if shape is not None and values.shape != tuple(shape):
@@ -145,7 +145,7 @@ def points_at(heat: Any, mask: Any, what: str, least_energy: float = 0.0) -> Non
     Raises:
         Wrong: it does not.
     """
-    heat, mask = np.asarray(_without_device(heat))[None], np.asarray(_without_device(mask))[None]
+    heat, mask = np.asarray(without_device(heat))[None], np.asarray(without_device(mask))[None]
     if not hits(heat, mask)[0]:
         raise Wrong(f"{what} has its largest value outside the object.")
     if (inside := energy_inside(heat, mask)[0]) < least_energy:
@@ -154,7 +154,7 @@ def points_at(heat: Any, mask: Any, what: str, least_energy: float = 0.0) -> Non
 
 def correlation(a: Any, b: Any) -> float:
     """Pearson's correlation of two arrays or tensors of one shape; 0 where one is constant, or the shapes differ."""
-    a, b = np.ravel(_without_device(a)), np.ravel(_without_device(b))
+    a, b = np.ravel(without_device(a)), np.ravel(without_device(b))
     if a.shape != b.shape or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(pearsonr(a, b).statistic)
@@ -193,13 +193,6 @@ def is_rather(answer: Any, mistake: Any, wanted: Any, least: float = 0.999) -> b
     """Whether an answer is that of a mistake, on any scale: like it by `least`, and more than like the wanted one."""
     # Where mistake and right answer are the same numbers, rounding must not decide.
     return correlation(answer, mistake) > max(least, correlation(answer, wanted) + 1e-6)
-
-
-def _without_device(values):
-    """A tensor as an array, and a list of tensors as one of arrays; anything else as it is."""
-    if isinstance(values, (list, tuple)):
-        return [_without_device(value) for value in values]
-    return values.numpy(force=True) if isinstance(values, torch.Tensor) else values
 
 
 def _close(given, other, tolerance):
