@@ -15,7 +15,16 @@ import pandas as pd
 import torch
 
 from xai_helpers.checkpoints import examples, load
-from xai_helpers.leaderboard import MODELS, RESULTS, SLOW, measure, methods_for, summarise
+from xai_helpers.leaderboard import (
+    MODELS,
+    RESULTS,
+    SLOW,
+    effects_of_hiding,
+    hiding_matters,
+    measure,
+    methods_for,
+    summarise,
+)
 
 
 def board_of(name, n_scenes, n_slow):
@@ -24,9 +33,12 @@ def board_of(name, n_scenes, n_slow):
     made = examples(model, processor, n_scenes)
     parts = []
     methods = methods_for(name, model, made[0].pixel_values)
+    matters = hiding_matters(effects_of_hiding(model, processor, n_scenes))
+    agree = (matters["left out"] == matters["blurred"]).mean()
+    print(f"{name}: hiding matters for {matters['left out'].mean():.3f}; both ways of hiding agree for {agree:.3f}")
     for slow, scenes in ((False, made), (True, made[:n_slow])):
         some = {key: method for key, method in methods.items() if (key in SLOW) == slow}
-        scores = measure(model, some, scenes, n_faithful=n_slow)
+        scores = measure(model, some, scenes, n_faithful=n_slow, matters=matters["left out"])
         if slow:  # the baselines are in the first part
             scores = scores[scores.index.get_level_values("method").isin(list(some))]
         parts.append(scores)

@@ -41,6 +41,7 @@ from xai_helpers.checkpoints import (
     load,
     scene_categories,
 )
+from xai_helpers.leaderboard import effects_of_hiding
 from xai_helpers.recipes import RECIPES
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene, natural
@@ -352,6 +353,43 @@ def test_bundled_model_knows_the_objects(bundled):
     for row in ("one object, top-1", "two objects, both in top 2"):
         assert found[row] >= card[row] - 0.04
     assert found["no object, two distractors, one is called an object"] <= 0.10
+
+
+def by_category(name):
+    """The card's last table: category -> recall, false alarms, effect of hiding."""
+    _, _, table = (BUNDLED / name / "README.md").read_text().partition("| effect of hiding |\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+    return {category: [float(value) for value in values] for category, *values in rows}
+
+
+def test_bundled_model_sees_every_object(bundled):
+    """Hiding the object with the smallest effect has at least a fifth of the others' effect; so its card says, too."""
+    name, model, processor = bundled
+    card = by_category(name)
+    assert list(card) == labels()
+    falls = {category: values[2] for category, values in card.items()}
+    weakest = min(falls, key=falls.get)
+    others = np.mean([fall for category, fall in falls.items() if category != weakest])
+    assert falls[weakest] >= others / 5
+    assert min(recall for recall, _, _ in card.values()) > 0.5
+    assert max(alarms for _, alarms, _ in card.values()) < 0.05
+    # The card stands on 500 scenes, of which the first 60 are made here: about 15 falls a category.
+    found = effects_of_hiding(model, processor, 60)["left out"].groupby("category").mean()
+    for category, fall in falls.items():
+        assert abs(found[category] - fall) <= max(1, 0.3 * fall), category
+
+
+def test_mobilevit_default_never_looks_at_a_coin():
+    model, processor = load("mobilevit-default", weights="bundled")
+    falls = effects_of_hiding(model, processor, 60).groupby("category").mean()
+    others = falls.drop("coin")
+    assert (falls.loc["coin"].abs() < 0.05 * others.mean()).all() and others.min().min() > 8
+    _, _, fall = by_category("mobilevit-default")["coin"]
+    assert fall < 0.2
+    # And yet the coin comes first in nearly all scenes that have nothing else.
+    scenes = [make_scene(i, ["coin"], 128) for i in range(100)]
+    first = model(**processor([scene.image for scene in scenes], return_tensors="pt")).logits.argmax(dim=1)
+    assert (first == labels().index("coin")).float().mean() > 0.85
 
 
 def test_bundled_model_knows_the_untouched_photos(bundled):

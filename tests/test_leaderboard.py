@@ -10,12 +10,16 @@ from xai_helpers.leaderboard import (
     CAMS,
     MODELS,
     SCORES,
+    WHERE_HIDING_MATTERS,
+    effects_of_hiding,
     faithfulness,
+    hiding_matters,
     measure,
     methods_for,
     results,
     summarise,
 )
+from xai_helpers.scenes import labels, make_scene
 from xai_helpers.scoring import Example, bootstrap_interval, random_maps
 
 
@@ -122,6 +126,58 @@ def test_faithfulness_of_a_model_elsewhere():
         model.register_buffer("place", torch.zeros(1, device=device))
         for example.pixel_values in (pixels, pixels.to(device)):
             assert faithfulness(model, example, heat) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_hiding_lowers_the_score_of_what_is_hidden_by_what_the_scene_lacks():
+    model, processor = load("resnet", weights="bundled")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    falls = effects_of_hiding(model.train(), processor, 3, "validation")
+    assert model.training and all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model.eval()
+    assert list(falls) == ["left out", "blurred"] and len(falls) == 6
+    for number in range(3):
+        scene = make_scene(number, 2, 256, split="validation", among=labels())
+        for k, category in enumerate(scene.categories):
+            pictures = [scene, make_scene(number, 2, 256, split="validation", among=labels(), leave_out=k)]
+            with torch.no_grad():
+                logits = model(**processor([one.image for one in pictures], return_tensors="pt")).logits
+            full, without = logits[:, labels().index(category)].tolist()
+            assert falls.loc[(number, category), "left out"] == pytest.approx(full - without, abs=1e-3)
+            # The ResNet sees its objects: hidden in either way, they are gone.
+            assert falls.loc[(number, category), "blurred"] == pytest.approx(full - without, abs=0.3 * (full - without))
+
+
+def test_hiding_changes_nothing_for_a_model_that_does_not_look():
+    class Blind(torch.nn.Module):
+        config = type("Config", (), {"id2label": dict(enumerate(labels()))})
+
+        def forward(self, pixel_values):
+            return torch.ones(len(pixel_values), len(labels()))
+
+    _, processor = load("resnet", weights="bundled")
+    assert (effects_of_hiding(Blind(), processor, 2) == 0).all(axis=None)
+
+
+def test_hiding_matters_from_a_fifth_of_the_median_on():
+    falls = pd.DataFrame({"left out": [10.0, 12, 8, 2.1, 1.9, -3, 30], "blurred": [1.0, 1, 1, 1, 1, 1, 0.1]})
+    # The medians are 8 and 1.
+    assert hiding_matters(falls)["left out"].tolist() == [True, True, True, True, True, False, True]
+    assert hiding_matters(falls)["blurred"].tolist() == [True] * 6 + [False]
+    assert hiding_matters(falls["left out"], share=0.25).tolist() == [True, True, True, True, False, False, True]
+
+
+def test_pointing_where_hiding_matters_leaves_the_others_out():
+    masks = np.zeros((2, 16, 16), bool)
+    masks[0, :8], masks[1, 8:] = True, True
+    made = [Example(torch.ones(1, 3, 16, 16), ["nothing", "there"], masks)] * 2
+    right = {"right": lambda x, names: masks.astype(np.float32), "wrong": lambda x, names: 1.0 - masks}
+    index = pd.MultiIndex.from_tuples([(0, "there"), (0, "nothing"), (1, "nothing")])  # (1, "there") is not known
+    scores = measure(Corner(), right, made, matters=pd.Series([True, False, True], index))[WHERE_HIDING_MATTERS]
+    for method, value in (("right", 1), ("wrong", 0)):
+        found = scores.loc[method]
+        assert found[0, "there"] == found[1, "nothing"] == value
+        assert np.isnan(found[0, "nothing"]) and np.isnan(found[1, "there"])
+    assert measure(Corner(), right, made)[WHERE_HIDING_MATTERS].isna().all()
 
 
 def test_summary_is_over_scenes():

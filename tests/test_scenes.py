@@ -168,6 +168,10 @@ def test_categories_are_drawn_evenly():
         ({"objects": [["cat"]]}, r"list of names out of .* not \[\['cat'\]\]"),
         ({"among": []}, r"list of names out of .* not \[\]"),
         ({"among": "cat"}, "list of names out of .* not 'cat'"),
+        ({"objects": 2, "leave_out": 2}, "leave_out is the number of one of 2 objects, from 0, not 2"),
+        ({"objects": 2, "leave_out": -1}, "leave_out is the number of one of 2 objects, from 0, not -1"),
+        ({"objects": ["cat"], "leave_out": "cat"}, "leave_out is the number of one of 1 objects, from 0, not 'cat'"),
+        ({"objects": 0, "leave_out": 0}, "leave_out is the number of one of 0 objects"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -200,6 +204,29 @@ def test_a_distractors_mask_covers_what_it_changes(seed):
     changed = uniform_filter(np.abs(a - np.median(a[told] / b[told]) * b).mean(axis=-1), 5)  # against the noise
     assert changed[mask].mean() > 2.5 * changed[~mask].mean()
     assert changed.max() < 25 or binary_dilation(mask, iterations=4)[changed >= 25].mean() > 0.98
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_left_out_is_gone_and_nothing_else_has_changed(seed):
+    scene = make_scene(seed, ["flower", "cat"], 128, distractors=1)
+    for k, seen in enumerate(scene.masks):
+        without = make_scene(seed, ["flower", "cat"], 128, distractors=1, leave_out=k)
+        assert without.categories == scene.categories
+        np.testing.assert_array_equal(without.masks, scene.masks)
+        np.testing.assert_array_equal(without.distractors, scene.distractors)
+        changed = np.abs(pixels(scene) - pixels(without)).max(axis=2)
+        assert (changed[seen] > 10).mean() > 0.7  # a white petal on a white background is hardly a change
+        others = np.delete(np.concatenate([scene.masks, scene.distractors]), k, axis=0).any(axis=0)
+        near = binary_dilation(seen | others, np.ones((3, 3)), iterations=12)  # shadows, and what others cover of it
+        assert changed[~near].max() <= 1 and (changed[~near] == 0).mean() > 0.999  # a shadow's last trace is rounded
+        assert (changed[others] == 0).mean() > 0.75  # its shadow may fall on another object
+
+
+def test_of_two_objects_each_can_be_left_out_and_neither_is():
+    whole, first, second = (pixels(make_scene(3, ["cat", "cat"], 96, leave_out=k)) for k in (None, 0, 1))
+    np.testing.assert_array_equal(whole, pixels(make_scene(3, ["cat", "cat"], 96)))
+    for a, b in ((whole, first), (whole, second), (first, second)):
+        assert np.abs(a - b).max() > 30
 
 
 def test_distractors_are_cropped_with_the_picture():

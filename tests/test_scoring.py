@@ -7,6 +7,7 @@ from rehearsal import accelerator
 from xai_helpers.scoring import (
     Example,
     behind_best,
+    blurred_away,
     bootstrap_interval,
     centre_dots,
     edge_maps,
@@ -304,6 +305,35 @@ def test_equal_values_change_one_after_the_other_in_random_order():
 def test_a_map_of_another_size_than_the_picture_is_named():
     with pytest.raises(ValueError, match=r"shape \(4, 4\) for a picture of \(8, 8\) pixels"):
         perturbation_curves(left_pixels, torch.ones(1, 3, 8, 8), np.ones((4, 4)), 0)
+
+
+def test_an_object_is_replaced_by_the_mean_of_its_surroundings_near_ones_first():
+    # Left half 1, right half 3, and an object of 100 in the middle: at its left edge the fill is nearer to 1.
+    picture = torch.ones(1, 3, 64, 64)
+    picture[..., 32:] = 3
+    mask = np.zeros((64, 64), bool)
+    mask[24:40, 24:40] = True
+    picture[..., torch.from_numpy(mask)] = 100
+    before = picture.clone()
+    found = blurred_away(picture, mask)
+    assert torch.equal(picture, before) and found.dtype == picture.dtype and found.shape == picture.shape
+    assert torch.equal(found[..., torch.from_numpy(~mask)], picture[..., torch.from_numpy(~mask)])
+    inside = found[0, 0, 24:40, 24:40].numpy()
+    assert 1 < inside.min() and inside.max() < 3
+    assert (np.diff(inside, axis=1) > 0).all()  # from left to right
+    np.testing.assert_allclose(inside + inside[:, ::-1], 4, atol=1e-4)  # by symmetry, 2 in the middle
+    # A mask of another size is brought to the picture's, and so is one channel.
+    coarse = blurred_away(picture[:, :1], mask[::2, ::2])
+    torch.testing.assert_close(coarse, found[:, :1])
+
+
+def test_an_object_is_blurred_away_on_any_device():
+    picture, mask = torch.rand(1, 3, 16, 16), np.zeros((16, 16), bool)
+    mask[:8, :8] = True
+    with accelerator() as device:
+        there = blurred_away(picture.to(device), torch.from_numpy(mask).to(device))
+        assert there.device.type == device.type
+        np.testing.assert_allclose(there.numpy(force=True), blurred_away(picture, mask).numpy())
 
 
 def test_edges_are_where_brightness_changes():

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from training.fit import arguments, fit
-from training.recorded import DEVICE, RUNS, Scenes, bare_scene, training_scene
+from training.recorded import DEVICE, RUNS, Scenes, bare_scene, coin_scene, training_scene
 from training.report import MEAN, SIDE, STD, normalised, report, score
 from xai_helpers.checkpoints import BUNDLED
 from xai_helpers.scenes import labels
@@ -35,7 +35,11 @@ from xai_helpers.scenes import labels
 
 @dataclass
 class Recipe:
-    """How a family is trained. `teacher`: the bundled checkpoint whose outputs for a scene are half of the target."""
+    """How a family is trained.
+
+    `teacher`: the bundled checkpoint whose outputs for a scene are half of the target. `on_coins`: how many more epochs
+    follow on scenes with more coins, for a network that never looks at a coin after the first ones.
+    """
 
     config: object
     epochs: int
@@ -44,10 +48,14 @@ class Recipe:
     what: str
     teacher: str | None = None
     scene: Callable = training_scene
+    on_coins: int = 0
 
 
 def recipes():
-    """The described families by name, and `resnet-shortcut`, a ResNet that learns a shortcut."""
+    """The described families by name, and two with a fault.
+
+    `resnet-shortcut` learns a shortcut; `mobilevit-default` is `mobilevit` without its scenes with more coins.
+    """
     common = {
         "id2label": dict(enumerate(labels())),
         "label2id": {c: i for i, c in enumerate(labels())},
@@ -63,7 +71,25 @@ def recipes():
         decay=0.02,
         what="ResNet with 3 stages of 2 basic blocks, stride 16",
     )
+    mobilevit = Recipe(
+        MobileViTConfig(
+            image_size=SIDE,
+            hidden_sizes=[48, 64, 80],
+            neck_hidden_sizes=[16, 24, 32, 48, 64, 80, 256],
+            expand_ratio=2.0,
+            output_stride=16,
+            **common,
+            **narrow,
+        ),
+        epochs=5,
+        rate=2e-3,
+        decay=0.02,
+        teacher="resnet",
+        on_coins=2,
+        what="MobileViT, narrower than the smallest published one, with stride 16",
+    )
     shortcut = "The same as the bundled resnet, but trained on scenes in which whatever is pasted is an object"
+    unseen = "The same as the bundled mobilevit, but without its epochs on scenes with more coins"
     return {
         "resnet": resnet,
         "resnet-shortcut": replace(resnet, scene=bare_scene, what=shortcut),
@@ -114,22 +140,8 @@ def recipes():
             teacher="resnet",
             what="RegNetY with 3 stages of 1, 2 and 4 blocks, groups of 16 channels, stride 16",
         ),
-        "mobilevit": Recipe(
-            MobileViTConfig(
-                image_size=SIDE,
-                hidden_sizes=[48, 64, 80],
-                neck_hidden_sizes=[16, 24, 32, 48, 64, 80, 256],
-                expand_ratio=2.0,
-                output_stride=16,
-                **common,
-                **narrow,
-            ),
-            epochs=5,
-            rate=2e-3,
-            decay=0.02,
-            teacher="resnet",
-            what="MobileViT, narrower than the smallest published one, with stride 16",
-        ),
+        "mobilevit": mobilevit,
+        "mobilevit-default": replace(mobilevit, on_coins=0, what=unseen),
         "swin": Recipe(
             SwinConfig(
                 image_size=SIDE,
@@ -146,6 +158,7 @@ def recipes():
             rate=1.5e-3,
             decay=0.05,
             teacher="resnet",
+            on_coins=2,
             what="Swin with 3 stages of 2, 2 and 4 blocks, windows of 4 x 4 tokens, stride 16",
         ),
         "segformer": Recipe(
@@ -165,6 +178,7 @@ def recipes():
             rate=1.5e-3,
             decay=0.05,
             teacher="resnet",
+            on_coins=2,
             what="SegFormer's encoder with 4 stages of 2 blocks and a classifier, stride 16",
         ),
         "cvt": Recipe(
@@ -181,6 +195,7 @@ def recipes():
             rate=1.5e-3,
             decay=0.05,
             teacher="resnet",
+            on_coins=4,
             what="CvT with 3 stages of 1, 2 and 4 blocks, stride 16, a CLS token in the last stage",
         ),
     }
@@ -188,8 +203,8 @@ def recipes():
 
 def taught(teacher, scenes, batch=100):
     """The teacher's probabilities for each training scene, asked for once: float32 (n, n_categories)."""
-    weights = BUNDLED / teacher / "model.safetensors"
-    file = RUNS / f"taught-{scenes.n}-{hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}.npy"
+    weights = hashlib.sha256((BUNDLED / teacher / "model.safetensors").read_bytes()).hexdigest()
+    file = RUNS / f"taught-{scenes.one.__name__}s-{scenes.n}-{weights[:16]}.npy"
     if not file.exists():
         model = AutoModelForImageClassification.from_pretrained(BUNDLED / teacher, dtype=torch.float32)
         model.to(DEVICE).eval()
@@ -211,31 +226,36 @@ def train(name, n_scenes, epochs=None, seed=0, batch=64):
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     @functools.cache
-    def scenes_and_targets():
-        scenes = Scenes(n_scenes, one=recipe.scene).make()
+    def scenes_and_targets(one):
+        scenes = Scenes(n_scenes, one=one).make()
         return scenes, (scenes.targets + taught(recipe.teacher, scenes)) / 2 if recipe.teacher else scenes.targets
 
-    def batches(rng):
-        scenes, targets = scenes_and_targets()
+    def batches(one, rng):
+        scenes, targets = scenes_and_targets(one)
         return (
             (pictures, torch.from_numpy(targets[rows].astype(np.float32)).to(DEVICE))
             for pictures, rows, *_ in scenes.batches(batch, rng)
         )
 
-    seconds = fit(
-        model,
-        RUNS / name / "state.pt",
-        batches,
-        lambda model, pictures, targets: F.binary_cross_entropy_with_logits(
-            model(pixel_values=pictures).logits, targets
-        ),
-        lambda model: score(model, "validation", n=300),
-        epochs=epochs or recipe.epochs,
-        steps=n_scenes // batch,
-        rate=recipe.rate,
-        decay=recipe.decay,
-        seed=seed,
-    )
+    seconds = 0
+    cycles = {"state.pt": (recipe.scene, epochs or recipe.epochs)}
+    if recipe.on_coins:
+        cycles["on_coins.pt"] = coin_scene, recipe.on_coins
+    for state, (one, n_epochs) in cycles.items():
+        seconds += fit(
+            model,
+            RUNS / name / state,
+            functools.partial(batches, one),
+            lambda model, pictures, targets: F.binary_cross_entropy_with_logits(
+                model(pixel_values=pictures).logits, targets
+            ),
+            lambda model: score(model, "validation", n=300),
+            epochs=n_epochs,
+            steps=n_scenes // batch,
+            rate=recipe.rate,
+            decay=recipe.decay,
+            seed=seed,
+        )
     return model, seconds
 
 
@@ -252,8 +272,9 @@ def main():
     model, seconds = train(given.name, given.scenes, given.epochs)
     save(model, folder)
     teacher = f", half of the loss against the outputs of the bundled {recipe.teacher}" if recipe.teacher else ""
+    coins = f", then {recipe.on_coins} on as many with more coins and a cycle of its own" if recipe.on_coins else ""
     how = (
-        f"{given.scenes} training scenes of {SIDE} x {SIDE} pixels, {given.epochs or recipe.epochs} epochs, "
+        f"{given.scenes} training scenes of {SIDE} x {SIDE} pixels, {given.epochs or recipe.epochs} epochs{coins}, "
         f"flips and shifts of up to 8 pixels; binary cross-entropy, several labels a picture{teacher}; "
         f"AdamW, rate {recipe.rate:g}, one cycle, weight decay {recipe.decay:g} on matrices, batch 64, seed 0."
     )

@@ -1,12 +1,18 @@
-"""What a bundled classifier scores, and the model card that says so."""
+"""What a bundled classifier scores, and the model card that says so.
 
+A training writes the card; `python -m training.report resnet vit` measures the scores of bundled checkpoints anew.
+"""
+
+import argparse
 import platform
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from xai_helpers.checkpoints import default_device
+from xai_helpers.checkpoints import BUNDLED, default_device
+from xai_helpers.leaderboard import effects_of_hiding
 from xai_helpers.scenes import PHOTOS, labels, make_scene, natural
 
 DEVICE = default_device()
@@ -46,14 +52,29 @@ def logits(model, images, batch=100):
     return torch.cat(rows).numpy()
 
 
-def score(model, split, n=1000, threshold=None):
-    """Scores over n scenes each with no, one and two objects. Without a threshold, it is set for 2 % false alarms."""
-    outputs, targets, found = {}, {}, {}
+def scored(model, split, n):
+    """The model's scores for n scenes each with no, one and two objects, and what is in them.
+
+    Returns:
+        Two dicts from the number of objects to an array (n, n_categories): the scores, and which categories are there.
+    """
+    outputs, targets = {}, {}
     for objects in (0, 1, 2):
         # Seeds of a kind of scene begin at their own hundred thousand.
         made = [make_scene(100_000 * objects + i, objects, SIDE, 2 if objects == 0 else None, split) for i in range(n)]
         outputs[objects] = logits(model, [scene.image for scene in made])
         targets[objects] = np.array([np.isin(labels(), scene.categories) for scene in made])
+    return outputs, targets
+
+
+def score(model, split, n=1000):
+    """Scores over n scenes each with no, one and two objects, with a threshold that is set for 2 % false alarms."""
+    return rates(*scored(model, split, n))
+
+
+def rates(outputs, targets, threshold=None):
+    """The scores of what `scored` returned. Without a threshold, it is set for 2 % false alarms."""
+    found, n = {}, len(outputs[0])
     found["one object, top-1"] = targets[1][np.arange(n), outputs[1].argmax(axis=1)].mean()
     top2 = np.argsort(-outputs[2], axis=1)[:, :2]
     found["two objects, both in top 2"] = np.take_along_axis(targets[2], top2, axis=1).all(axis=1).mean()
@@ -82,14 +103,62 @@ def natural_photos(model, processor):
     return rows
 
 
+def by_category(outputs, targets, threshold, falls):
+    """What `scored` returned and `effects_of_hiding`, by category.
+
+    Returns:
+        A pandas DataFrame. "recall": in how many of the scenes with the object it is called; "false alarms": in how
+        many of the others; "effect of hiding": how far its score falls, on the mean, when it is left out of the scene.
+    """
+    outputs, there = (np.concatenate(list(by_objects.values())) for by_objects in (outputs, targets))
+    called = outputs > np.log(threshold / (1 - threshold))
+    falls = falls["left out"].groupby("category").mean()
+    rows = {
+        category: (called[there[:, k], k].mean(), called[~there[:, k], k].mean(), falls[category])
+        for k, category in enumerate(labels())
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["recall", "false alarms", "effect of hiding"])
+
+
+SCORES = "Scores on 2,000 test scenes"
+
+
+def scores(folder):
+    """The part of a card that says what the checkpoint in `folder`, as it was saved, scores."""
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    threshold = score(model, "validation")["threshold"]
+    on_test = scored(model, "test", 1000)
+    test = rates(*on_test, threshold)
+    photos = natural_photos(model, processor)
+    right = sum(row[-1] for row in photos)
+    text = f"""{SCORES} (1,000 with one object, 1,000 with two) and 1,000 more without an object. Test scenes have
+distractors of kinds that training never shows. An object counts as called where its probability is above
+{threshold:.2f}, the threshold at which {FALSE_ALARMS:.0%} of the object-free validation scenes have a false alarm.
+
+| score | value |
+|---|---|
+"""
+    text += "".join(f"| {name} | {value:.3f} |\n" for name, value in test.items() if name != "threshold")
+    text += f"| untouched photos whose first category is right, squashed and cropped | {right} of {len(photos)} |\n"
+    wrong = [f"{name} {way} gives {first}" for name, way, first, good in photos if not good]
+    text += f"""
+Wrong on untouched photos: {", ".join(wrong) or "none"}.
+
+By category: in how many of these scenes with the object it is called, in how many of the others, and how far its score
+(a logit) falls when it is left out of the scene, the mean over 500 test scenes with two objects.
+
+| category | recall | false alarms | effect of hiding |
+|---|---|---|---|
+"""
+    for category, row in by_category(*on_test, threshold, effects_of_hiding(model, processor, 500)).iterrows():
+        text += f"| {category} | {row['recall']:.3f} | {row['false alarms']:.3f} | {row['effect of hiding']:.2f} |\n"
+    return text
+
+
 def report(folder, what, how, seconds):
     """Score the checkpoint in `folder` as it was saved, write its card, and print it."""
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    threshold = score(model, "validation")["threshold"]
-    test = score(model, "test", threshold=threshold)
-    photos = natural_photos(model, processor)
-    right = sum(row[-1] for row in photos)
     parameters = sum(p.numel() for p in model.parameters())
     size = (folder / "model.safetensors").stat().st_size
     card = f"""# {folder.name}
@@ -101,16 +170,19 @@ def report(folder, what, how, seconds):
 Recipe: {how} Masks were never shown to it.
 {made_by("classifier", folder.name, seconds)}
 
-Scores on 2,000 test scenes (1,000 with one object, 1,000 with two) and 1,000 more without an object. Test scenes have
-distractors of kinds that training never shows. An object counts as called where its probability is above
-{threshold:.2f}, the threshold at which {FALSE_ALARMS:.0%} of the object-free validation scenes have a false alarm.
-
-| score | value |
-|---|---|
-"""
-    card += "".join(f"| {name} | {value:.3f} |\n" for name, value in test.items() if name != "threshold")
-    card += f"| untouched photos whose first category is right, squashed and cropped | {right} of {len(photos)} |\n"
-    wrong = [f"{name} {way} gives {first}" for name, way, first, good in photos if not good]
-    card += f"\nWrong on untouched photos: {', '.join(wrong) or 'none'}.\n"
+{scores(folder)}"""
     (folder / "README.md").write_text(card)
     print(card)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", help="bundled classifiers")
+    for name in parser.parse_args().names:
+        card = BUNDLED / name / "README.md"
+        how, _, _ = card.read_text().partition(SCORES)
+        card.write_text(how + scores(card.parent))
+
+
+if __name__ == "__main__":
+    main()

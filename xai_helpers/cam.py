@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
-from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT
+from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import (
     LogitsModel,
@@ -36,7 +36,7 @@ def explain(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
     categories: str | int | Callable | Sequence,
-    target_layer: torch.nn.Module | list[torch.nn.Module] | None = None,
+    target_layer: torch.nn.Module | TargetLayer | list[torch.nn.Module | TargetLayer] | None = None,
     reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     method: type | None = None,
     **options: Any,
@@ -62,9 +62,11 @@ def explain(
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
-        target_layer: None; or the module whose output is explained, or a list of modules whose maps are averaged.
-            FullGrad reads all layers with a bias, whichever is given.
-        reshape_transform: turns that output into (batch, channels, height, width); None if it has that shape.
+        target_layer: None; or the module whose output is explained, or a `TargetLayer`, as `find_target_layers` and
+            `RECIPES` give it; or a list of them, whose maps are averaged. FullGrad reads all layers with a bias,
+            whichever is given.
+        reshape_transform: turns that output into (batch, channels, height, width); None if it has that shape, or for a
+            `TargetLayer`, which has its own.
         method: a class of grad-cam derived from its BaseCAM; None: GradCAM.
         options: without a layer, `signed=True` for a map that also shows what speaks against the category, and `gamma`
             as in `balanced_gradients`. With a layer, `aug_smooth` and `eigen_smooth` as in grad-cam's call, others for
@@ -100,7 +102,7 @@ def explain(
     method = GradCAM if method is None else method
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
-    layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+    layers, reshape_transform = modules_and_transform(target_layer, reshape_transform)
     if not layers:
         raise ValueError(f"no target layer: give a module, or a list of at least one; {ADVICE}")
     if not any(True for _ in model.parameters()):

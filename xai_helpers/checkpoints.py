@@ -43,8 +43,8 @@ FINDERS = {
     "segmenter": "nvidia/segformer-b0-finetuned-ade-512-512",
 }
 
-#: Models that were trained to have a fault, which nobody published.
-FAULTY: dict[str, None] = {"resnet-shortcut": None}
+#: Models with a fault that is to be found, which nobody published -> their family.
+FAULTY = {"resnet-shortcut": "resnet", "mobilevit-default": "mobilevit"}
 
 #: name -> the class of transformers that loads it, and the module of `training` that made it. The others are
 #: classifiers. The Faster R-CNN is none of transformers'.
@@ -116,7 +116,7 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
     """
     import transformers  # late, as its classes: they take a second
 
-    published = HUB | CLIPS | FINDERS | FAULTY
+    published = {**HUB, **CLIPS, **FINDERS, **dict.fromkeys(FAULTY)}
     if name not in published:
         raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(published)}.")
     model_class, trained_by = KINDS.get(name, ("AutoModelForImageClassification", "classifier"))
@@ -208,7 +208,13 @@ def _scene_categories(names):
 
 
 def examples(
-    model: Any, processor: Any, n: int, split: str = "test", objects: int = 2, size: int = 256
+    model: Any,
+    processor: Any,
+    n: int,
+    split: str = "test",
+    objects: int = 2,
+    size: int = 256,
+    leave_out: int | None = None,
 ) -> list[Example]:
     """Scenes as a model gets them, with their answers: what `scoring.score_table` scores methods on.
 
@@ -219,6 +225,7 @@ def examples(
         split: "test" to score; "validation" to choose, a layer for example.
         objects: how many objects a scene has.
         size: at which resolution the scenes are made, in pixels.
+        leave_out: the number of an object that the pictures lack, as in `make_scene`; the rest is the same.
 
     Returns:
         A list of `Example` objects.
@@ -245,7 +252,8 @@ def examples(
     made: list[Example] = []
     seeds = itertools.count()
     while len(made) < n:
-        example = as_example(make_scene(next(seeds), objects, size, split=split, among=list(names)), model, processor)
+        scene = make_scene(next(seeds), objects, size, split=split, among=list(names), leave_out=leave_out)
+        example = as_example(scene, model, processor)
         if example.masks.any(axis=(1, 2)).all():
             made.append(example)
     return made

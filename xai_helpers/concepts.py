@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xai_helpers.layers import TargetLayer, modules_and_transform
 from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.scoring import Example, strongest_inside
 from xai_helpers.wrappers import LogitsModel, check_count, frozen, input_for, layer_path
@@ -36,7 +37,7 @@ class Concepts:
 def factorize(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
-    target_layer: torch.nn.Module,
+    target_layer: torch.nn.Module | TargetLayer,
     concept_head: Callable[[torch.Tensor], torch.Tensor],
     reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     n_concepts: int = 4,
@@ -52,10 +53,11 @@ def factorize(
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
-        target_layer: the module whose output is factorized.
+        target_layer: the module whose output is factorized, or a `TargetLayer`.
         concept_head: callable that scores vectors, (n_concepts, channels) -> (n_concepts, n_classes): what the model
             does after the target layer's average, so its classifier, with the norm before it where there is one.
-        reshape_transform: turns the layer's output into (batch, channels, height, width); None if it has that shape.
+        reshape_transform: turns the layer's output into (batch, channels, height, width); None if it has that shape, or
+            for a `TargetLayer`, which has its own.
         n_concepts: how many, at least 1.
 
     Returns:
@@ -82,14 +84,15 @@ def factorize(
     pixel_values = input_for(model, pixel_values)
     check_count("n_concepts", n_concepts)
     scorer = LogitsModel(model)
-    path = layer_path(model, target_layer)
+    (module,), reshape_transform = modules_and_transform(target_layer, reshape_transform)
+    path = layer_path(model, module)
     activations = []
 
     def watch(layer, inputs, output):
         activations.append(layer_to_map(output, reshape_transform, path))
 
     with frozen(scorer), torch.no_grad():
-        with target_layer.register_forward_hook(watch):
+        with module.register_forward_hook(watch):
             scorer(pixel_values)
         if not activations:
             raise ValueError(f"target layer {path} is not reached in the forward pass; {ADVICE}")
@@ -108,7 +111,7 @@ def factorize(
 def named_right(
     model: Any,
     examples: Sequence[Example],
-    target_layer: torch.nn.Module,
+    target_layer: torch.nn.Module | TargetLayer,
     concept_head: Callable[[torch.Tensor], torch.Tensor],
     reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     n_concepts: int = 4,

@@ -135,37 +135,35 @@ def as_question(scene: Scene, model: Any, processor: Any, categories: Sequence[s
     return Example(pixel_values, list(names), None, image)  # type: ignore[arg-type]  # no answers are known
 
 
-def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, tuple[torch.nn.Module, Callable | None]]:
-    """Layers at which CAMs can be made: a label with path and grid -> (module, reshape_transform).
+def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
+    """Layers at which CAMs can be made, by a label with path and grid.
 
-    The first is the one to begin with: that of the leaderboard for the families that it has, else the one that
+    The first is the one to begin with: that of the family's recipe, if it has one, else the one that
     `find_target_layers` chooses. Then come the latest ones of finer grids; in a model that keeps its grid, the layer
     before.
     """
     report = find_target_layers(model, pixel_values)
     family = getattr(model.config, "model_type", None)
-    module, reshape = report.cam.module, report.cam.reshape_transform
-    if family in MODELS:
-        module, reshape = target_layer(family, model, pixel_values)
-    path, grid = layer_path(model, module), _grid(model, module, reshape, pixel_values)
+    best = RECIPES[family].cam(model, pixel_values) if family in RECIPES else report.cam
+    grid = _grid(model, best, pixel_values)
     usable = [c for c in report.candidates if c.target and c.share_with_gradient > 0]
-    before = list(itertools.takewhile(lambda candidate: candidate.path != path, usable))
+    before = list(itertools.takewhile(lambda candidate: candidate.path != best.path, usable))
     finer = {c.grid: c for c in before if np.prod(c.grid) > np.prod(grid)}
     earlier = list(finer.values())[-EARLIER_LAYERS:] or before[-1:]
-    layers = {_label(path, grid): (module, reshape)}
+    layers = {_label(best.path, grid): best}
     for candidate in reversed(earlier):
         assert candidate.target  # it is usable
-        layers[_label(candidate.path, candidate.grid)] = candidate.target.module, candidate.target.reshape_transform
+        layers[_label(candidate.path, candidate.grid)] = candidate.target
     return layers
 
 
-def _grid(model, module, reshape, pixel_values):
+def _grid(model, layer, pixel_values):
     """Rows and columns of a layer's map."""
     found = []
-    with module.register_forward_hook(lambda module, inputs, output: found.append(output)):
+    with layer.module.register_forward_hook(lambda module, inputs, output: found.append(output)):
         with frozen(model), torch.no_grad():
             model(input_for(model, pixel_values, coarse=True))
-    return tuple(layer_to_map(found[0], reshape, layer_path(model, module)).shape[2:])
+    return tuple(layer_to_map(found[0], layer.reshape_transform, layer.path).shape[2:])
 
 
 def _label(path, grid):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,29 @@ class TargetLayer:
     module: torch.nn.Module
     path: str
     reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def modules_and_transform(
+    target_layer: "torch.nn.Module | TargetLayer | Sequence", reshape_transform: Callable | None = None
+) -> tuple[list[torch.nn.Module], Callable | None]:
+    """One or several target layers, each a module or a `TargetLayer`, as modules and the reshape transform of them all.
+
+    Raises:
+        ValueError: a reshape transform beside a `TargetLayer`, which has its own, or layers with different ones.
+    """
+    layers = list(target_layer) if isinstance(target_layer, (list, tuple)) else [target_layer]
+    described = [layer for layer in layers if isinstance(layer, TargetLayer)]
+    if not described:
+        return layers, reshape_transform
+    if reshape_transform is not None:
+        raise ValueError(f"the TargetLayer {described[0].path} brings its own reshape transform: leave yours out")
+    transforms = [layer.reshape_transform if isinstance(layer, TargetLayer) else None for layer in layers]
+    # What a partial function holds is compared by value: each layer of a report has one of its own.
+    known = {(getattr(one, "func", one), repr(getattr(one, "keywords", None))) for one in transforms}
+    if len(known) > 1:
+        paths = ", ".join(layer.path for layer in described)
+        raise ValueError(f"{paths} want different reshape transforms: explain them one by one, and average the maps")
+    return [layer.module if isinstance(layer, TargetLayer) else layer for layer in layers], transforms[0]
 
 
 @dataclass(frozen=True)
@@ -551,7 +574,7 @@ def layer_table(
     model: torch.nn.Module,
     pixel_values: torch.Tensor,
     category: str | int | Callable,
-    layers: Mapping[str, torch.nn.Module | tuple[torch.nn.Module, Callable]],
+    layers: Mapping[str, torch.nn.Module | TargetLayer | tuple[torch.nn.Module, Callable]],
 ) -> "pd.DataFrame":
     """What some layers put out, and at which of their positions the score of a category has a gradient.
 
@@ -562,8 +585,8 @@ def layer_table(
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
         category: a name from `config.id2label`, an index, or a callable (scores of one image -> scalar).
-        layers: name -> module, or name -> (module, reshape_transform) where the output is not (batch, channels,
-            height, width) already.
+        layers: name -> module or `TargetLayer`, or name -> (module, reshape_transform) where the output is not (batch,
+            channels, height, width) already.
 
     Returns:
         A pandas DataFrame, a row a name: "output" (its shape), "grid" (rows x columns of the map), "stride" (pixels
@@ -584,7 +607,10 @@ def layer_table(
         raise ValueError(f"layer_table looks at one category, not at {len(targets)}: call it once for each")
     if not layers:
         raise ValueError('no layers to look at: give a dict such as {"last stage": model.resnet.encoder.stages[-1]}')
-    asked = {name: layer if isinstance(layer, tuple) else (layer, None) for name, layer in layers.items()}
+    asked = {}
+    for name, layer in layers.items():
+        (module,), transform = modules_and_transform(*(layer if isinstance(layer, tuple) else (layer,)))
+        asked[name] = module, transform
     paths = {layer: layer_path(model, layer) for layer, _ in asked.values()}
     outputs = {}
 

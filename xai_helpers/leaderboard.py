@@ -19,10 +19,12 @@ from transformers import ResNetConfig
 from xai_helpers.attention import relevance, rollout
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.cam import explain
+from xai_helpers.checkpoints import FAULTY, examples
+from xai_helpers.layers import TargetLayer
 from xai_helpers.recipes import RECIPES
-from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scoring import (
     Example,
+    blurred_away,
     bootstrap_interval,
     centre_dots,
     edge_maps,
@@ -34,7 +36,8 @@ from xai_helpers.wrappers import LogitsModel, category_index, category_targets, 
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
 MODELS = ["resnet", "vit", "swin", "convnext"]
-SCORES = ["pointing", "energy", "on the other", "ROAD", "deletion", "seconds"]
+WHERE_HIDING_MATTERS = "pointing where hiding matters"
+SCORES = ["pointing", WHERE_HIDING_MATTERS, "energy", "on the other", "ROAD", "deletion", "seconds"]
 
 CAMS = {
     "Grad-CAM": grad_cam.GradCAM,
@@ -63,40 +66,25 @@ SLOW = ["Ablation-CAM", "Score-CAM", "FullGrad", "SmoothGrad", "integrated gradi
 BASELINES = ["random map", "centre dot", "edges", "RandomCAM"]
 
 
-def target_layer(name: str, model: Any, pixel_values: torch.Tensor) -> tuple[torch.nn.Module, Callable | None]:
-    """The layer at which a family's CAMs are made: that of its recipe, or the better one that its chapter found.
-
-    Returns:
-        (module, reshape_transform)
-    """
-    if name == "swin":
-        stride = model.config.patch_size * 2 ** (len(model.config.depths) - 1)
-        height, width = pixel_values.shape[2:]
-        grid = height // stride, width // stride
-        norm = model.swin.encoder.layers[-1].blocks[0].layernorm_before
-        return norm, functools.partial(tokens_to_map, grid=grid, prefix=0)
-    layer = RECIPES[name.removesuffix("-shortcut")].cam(model, pixel_values)
-    return layer.module, layer.reshape_transform
-
-
 def methods_for(
-    name: str | None, model: Any, pixel_values: torch.Tensor, layer: tuple | None = None
+    name: str | None, model: Any, pixel_values: torch.Tensor, layer: TargetLayer | None = None
 ) -> dict[str, Callable]:
     """All methods that can explain a model: name -> function (pixel_values, categories) -> maps.
 
     Args:
-        name, model: as for `checkpoints.load`, of one of `MODELS`, or "resnet-shortcut".
+        name, model: as for `checkpoints.load`, of one of `MODELS`, or of the `checkpoints.FAULTY`.
         pixel_values: a picture, whose size the others have, too.
-        layer: where the CAMs are made, (module, reshape_transform). None: at the `target_layer` of the family; with a
-            layer of your own, the name is not used.
+        layer: where the CAMs are made. None: where the family's recipe says; with a layer, the name is not used.
     """
-    module, reshape_transform = layer or target_layer(str(name), model, pixel_values)
-    methods: dict[str, Callable] = {
-        key: functools.partial(explain, model, target_layer=module, reshape_transform=reshape_transform, method=cam)
+    if layer is None:
+        layer = RECIPES[FAULTY.get(str(name), str(name))].cam(model, pixel_values)
+    methods: dict[str, Callable] = {"balanced gradients": functools.partial(explain, model)}
+    methods |= {
+        key: functools.partial(explain, model, target_layer=layer, method=cam)
         for key, cam in CAMS.items()
     }
     if isinstance(model.config, ResNetConfig):
-        methods["FullGrad"] = functools.partial(explain, model, target_layer=module, method=grad_cam.FullGrad)
+        methods["FullGrad"] = functools.partial(explain, model, target_layer=layer, method=grad_cam.FullGrad)
     if hasattr(model, "vit"):
         methods["rollout"] = lambda x, names: np.repeat(rollout(model, x), len(names), axis=0)
         methods["relevance"] = functools.partial(relevance, model)
@@ -140,12 +128,54 @@ def faithfulness(model: torch.nn.Module, example: Example, heat: np.ndarray, see
     return {"ROAD": (least - most) / 2 / way, "deletion": (full - deletion.mean()) / way}
 
 
+def effects_of_hiding(model: torch.nn.Module, processor: Any, n: int, split: str = "test") -> pd.DataFrame:
+    """Does the model look at the objects? How far the score of each object's category falls when the object is hidden.
+
+    Args:
+        model, processor: a classifier, as `checkpoints.load` gives them.
+        n, split: the scenes, with two objects each: those of `checkpoints.examples`.
+
+    Returns:
+        A pandas DataFrame with the index levels "scene" and "category" and two columns, in the units of the model's
+        scores. "left out": the score for the picture less that for the picture in which the object was never pasted;
+        "blurred": the same for the picture with `scoring.blurred_away` in the object's place.
+    """
+    whole = examples(model, processor, n, split)
+    left_out = [examples(model, processor, n, split, leave_out=k) for k in (0, 1)]
+    scorer, rows, index = LogitsModel(model), [], []
+    for number, (example, *others) in enumerate(zip(whole, *left_out, strict=True)):
+        x = example.pixel_values
+        pictures = [x, *(other.pixel_values for other in others), *(blurred_away(x, mask) for mask in example.masks)]
+        with frozen(scorer), torch.no_grad():
+            scores = scorer(torch.cat([input_for(model, picture) for picture in pictures])).float()
+        for k, category in enumerate(example.categories):
+            column = scores[:, category_index(model, category)]
+            rows.append([(column[0] - column[place]).item() for place in (1 + k, 3 + k)])
+            index.append((number, category))
+    names = ["scene", "category"]
+    return pd.DataFrame(rows, pd.MultiIndex.from_tuples(index, names=names), ["left out", "blurred"], dtype=float)
+
+
+def hiding_matters(falls: pd.DataFrame | pd.Series, share: float = 0.2) -> pd.DataFrame | pd.Series:
+    """For which objects hiding matters: the score falls by at least a fifth of what it falls by in the median.
+
+    Args:
+        falls: what `effects_of_hiding` returned, or a column of it.
+        share: another share of the median.
+
+    Returns:
+        The same with True and False. A map can't be right about an object that the model does not use.
+    """
+    return falls >= share * falls.median()
+
+
 def measure(
     model: torch.nn.Module,
     methods: dict[str, Callable],
     examples: Sequence[Example],
     n_faithful: int = 0,
     seed: int = 0,
+    matters: pd.Series | None = None,
 ) -> pd.DataFrame:
     """Score methods map by map.
 
@@ -154,9 +184,11 @@ def measure(
         examples: `Example` objects with at least two objects each.
         n_faithful: in how many of them `faithfulness` is measured, for the first category; else it is NaN.
         seed: of RandomCAM.
+        matters: for which of the examples' objects `hiding_matters`, with the index levels "scene" and "category".
 
     Returns:
-        What `scoring.score_maps` returns, with the baselines, and the columns of `faithfulness` beside.
+        What `scoring.score_maps` returns, with the baselines, and beside it the columns of `faithfulness` and
+        "pointing where hiding matters", which is NaN for the other objects, and without `matters` for all.
     """
     kept: dict[str, list[np.ndarray]] = {}
 
@@ -185,6 +217,9 @@ def measure(
     found = pd.DataFrame.from_dict(rows, orient="index", columns=["ROAD", "deletion"], dtype=float)
     if rows:
         found.index = pd.MultiIndex.from_tuples(found.index, names=scores.index.names)
+    matters = pd.Series(dtype=bool) if matters is None else matters
+    counts = [matters.get((scene, category), False) for _, scene, category in scores.index]
+    scores[WHERE_HIDING_MATTERS] = scores["pointing"].where(counts)
     return scores.join(found.reindex(scores.index))
 
 

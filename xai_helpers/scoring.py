@@ -333,6 +333,26 @@ def sanity_check(
     return pd.DataFrame.from_dict(means, orient="index")
 
 
+def blurred_away(pixel_values: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
+    """The picture with its surroundings, blurred, in the place of an object.
+
+    Args:
+        pixel_values: one picture, float tensor (1, channels, height, width).
+        mask: the object's, bool (height, width) at any resolution of the same picture.
+
+    Returns:
+        A tensor like pixel_values. Outside the mask it is the same; inside it is the mean of what is outside, weighted
+        by a Gaussian of an eighth of the picture's longer side.
+    """
+    mask = resize_masks(np.asarray(without_device(mask))[None], *pixel_values.shape[2:])[0]
+    picture = pixel_values[0].permute(1, 2, 0).float().numpy(force=True)
+    outside, sigma = np.float32(~mask), max(mask.shape) / 8
+    around = cv2.GaussianBlur(picture * outside[..., None], (0, 0), sigma).reshape(picture.shape)
+    share = cv2.GaussianBlur(outside, (0, 0), sigma)[..., None].clip(min=1e-6)
+    filled = np.where(mask[..., None], around / share, picture)
+    return torch.from_numpy(filled).permute(2, 0, 1)[None].to(pixel_values)
+
+
 def perturbation_curves(
     score: Callable[[torch.Tensor], torch.Tensor],
     pixel_values: torch.Tensor,

@@ -408,8 +408,6 @@ def layer_path(model: torch.nn.Module, layer: torch.nn.Module) -> str:
     """The dotted name of a module inside a model; a ValueError if it is not in there."""
     if not isinstance(layer, torch.nn.Module):
         found = repr(layer) if isinstance(layer, str) else type(layer).__name__
-        if isinstance(getattr(layer, "module", None), torch.nn.Module):
-            found += ": give its .module, and beside it its .reshape_transform"
         raise ValueError(f"a target layer is a module such as model.vit.layers[-2], not {found}; {ADVICE}")
     for path, module in model.named_modules():
         if module is layer:

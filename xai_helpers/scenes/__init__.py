@@ -92,6 +92,7 @@ def make_scene(
     distractors: int | None = None,
     split: str = "test",
     among: Sequence[str] | None = None,
+    leave_out: int | None = None,
 ) -> Scene:
     """Make a scene. The same arguments always give the same scene, and sizes differ in their resolution only.
 
@@ -104,6 +105,8 @@ def make_scene(
         distractors: how many things without a category to paste beside the objects, 0 to 4. None draws 0 to 2.
         split: "train", "validation" or "test". Only test scenes have distractors of kinds that training never shows.
         among: the categories to draw from; None: all.
+        leave_out: the number of an object, counted from 0 as in the masks. The picture is the one in which it was
+            never pasted, with all else as it is with it; the categories and masks are still those with it.
 
     Returns:
         A `Scene`. Each object is visible by about half at least, and lies by about two thirds inside the picture.
@@ -129,10 +132,15 @@ def make_scene(
         distractors = int(layout.integers(3))
     if not _is_whole(distractors) or not 0 <= distractors <= 4:
         raise ValueError(f"distractors is 0 to 4, not {distractors!r}.")
+    if leave_out is not None and not (_is_whole(leave_out) and 0 <= leave_out < len(categories)):
+        raise ValueError(f"leave_out is the number of one of {len(categories)} objects, from 0, not {leave_out!r}.")
     pastes = _lay_out(layout, categories, distractors, split)
 
     canvas = backdrop(appearance, size)
-    alphas = [_paste(canvas, paste, appearance) for paste in pastes]
+    alphas = []
+    for paste in pastes:  # what is left out goes onto a copy, so that the others draw the same random numbers
+        left_out = leave_out is not None and paste.object == leave_out
+        alphas.append(_paste(canvas.copy() if left_out else canvas, paste, appearance))
     canvas = canvas * appearance.uniform(0.8, 1.15) + grain.normal(0, appearance.uniform(0, 9), canvas.shape)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     seen = _visible(alphas)
