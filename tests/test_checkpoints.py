@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_grad_cam
 import torch
 from PIL import Image
 from published import PUBLISHED
-from pytorch_grad_cam import GradCAM, HiResCAM
 from rehearsal import accelerator
 from safetensors import safe_open
 from timm.data import ImageNetInfo
@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from training.report import natural_photos, score
-from xai_helpers.attention import relevance
 from xai_helpers.cam import explain
 from xai_helpers.checkpoints import (
     BUNDLED,
@@ -43,7 +42,6 @@ from xai_helpers.checkpoints import (
 )
 from xai_helpers.leaderboard import effects_of_hiding
 from xai_helpers.recipes import RECIPES
-from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scenes import Scene, as_seen, labels, make_scene, natural
 from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import category_index
@@ -399,43 +397,20 @@ def test_bundled_model_knows_the_untouched_photos(bundled):
     assert [row[:3] for row in rows if not row[3]] == []
 
 
-def method(name, model):
-    """What points at the objects: the recipe's Grad-CAM; for models with transformers what their chapters advise."""
-    if name == "vit":
-        return lambda pixels, categories: relevance(model, pixels, categories)
-    advised = {  # layer, and the grid of its tokens if it has tokens
-        "swin": lambda: (model.swin.encoder.layers[-1].blocks[0].layernorm_before, (8, 8)),
-        "segformer": lambda: (model.segformer.stages[-1].blocks[0].layernorm_before, (8, 8)),
-        "cvt": lambda: (model.cvt.encoder.stages[-2].layers[-1].layernorm_before, (16, 16)),
-        "mobilevit": lambda: (model.mobilevit.encoder.layer[-3].downsampling_layer, None),
-    }
-
-    def maps(pixels, categories):
-        if name in advised:
-            layer, grid = advised[name]()
-            reshape = grid and functools.partial(tokens_to_map, grid=grid, prefix=0)
-            return explain(model, pixels, categories, layer, reshape, method=HiResCAM)
-        layer = RECIPES[name].cam(model, pixels)
-        return explain(model, pixels, categories, layer.module, layer.reshape_transform, method=GradCAM)
-
-    return maps
-
-
-# Pointing that is to be reached, and pointing at the other object that is not to be exceeded.
-POINTING = {"mobilevit": (0.7, 0.2), "swin": (0.7, 0.15), "segformer": (0.65, 0.15), "cvt": (0.65, 0.2)}
-
-
 @pytest.mark.filterwarnings("ignore:the model cannot be forked")  # Swin and CvT count the rows before their norms
 def test_maps_of_bundled_models_point_at_the_objects(bundled):
+    """Without a layer, and at the layer and by the method that the recipe says."""
     name, model, processor = bundled
-    table = score_table({"map": method(name, model)}, examples(model, processor, 40))
-    assert table.loc["map", "maps"] == 80
-    pointing, other = table["pointing"], table["on the other"]
-    least, most = POINTING.get(name, (0.8, 0.1))
-    assert pointing["map"] >= least
-    assert pointing["map"] > 2 * max(pointing["centre dot"], pointing["random map"])
-    assert table["energy"]["map"] > table["energy"][["centre dot", "random map"]].max() + 0.1
-    assert other["map"] < most
+    recipe, scenes = RECIPES[name], examples(model, processor, 40)
+    layer = recipe.cam(model, scenes[0].pixel_values)
+    at_layer = functools.partial(explain, model, target_layer=layer, method=getattr(pytorch_grad_cam, recipe.method))
+    table = score_table({"no layer": functools.partial(explain, model), "recipe": at_layer}, scenes)
+    assert table.loc["recipe", "maps"] == 80
+    known_nothing = table.loc[["centre dot", "random map"]].max()
+    for which, least, most in (("no layer", 0.9, 0.05), ("recipe", 0.65, 0.2)):
+        assert table.loc[which, "pointing"] >= max(least, 2 * known_nothing["pointing"])
+        assert table.loc[which, "energy"] > known_nothing["energy"] + 0.1
+        assert table.loc[which, "on the other"] < most
 
 
 def test_weights_without_a_head_are_refused(tmp_path):

@@ -25,7 +25,8 @@ from xai_helpers.explorer import (
     view,
     with_outline,
 )
-from xai_helpers.leaderboard import MODELS, methods_for, target_layer
+from xai_helpers.leaderboard import MODELS, methods_for
+from xai_helpers.recipes import RECIPES
 from xai_helpers.scenes import PHOTOS, Scene, make_scene
 from xai_helpers.scoring import Example
 
@@ -89,13 +90,12 @@ def test_a_picture_without_answers_is_asked_for_what_the_model_sees(resnet):
 
 
 @pytest.mark.parametrize("name", [*MODELS, "cvt"])
-def test_layers_begin_with_that_of_the_leaderboard_and_give_other_maps(name):
+def test_layers_begin_with_that_of_the_recipe_and_give_other_maps(name):
     model, processor = load(name, "bundled")
     question = as_question(pictures()[TWO], model, processor)
     layers = cam_layers(model, question.pixel_values)
     assert 2 <= len(layers) <= 3
-    if name in MODELS:
-        assert next(iter(layers.values()))[0] is target_layer(name, model, question.pixel_values)[0]
+    assert next(iter(layers.values())).module is RECIPES[name].cam(model, question.pixel_values).module
     grids = [tuple(map(int, label.split(", ")[1].split(" × "))) for label in layers]
     assert grids == sorted(grids)
     found = []

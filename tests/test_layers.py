@@ -491,6 +491,42 @@ def test_the_bundled_models():
         assert maps.shape == (2, *size) and (maps.max(axis=(1, 2)) > 0.9).all()
 
 
+def test_a_target_layer_is_taken_as_it_is():
+    model, processor = load("vit", weights="bundled")
+    scene = example_scene("bundled")
+    pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"]
+    report = find_target_layers(model, pixel_values)
+    for layer in (report.cam, [report.cam]):
+        maps = explain(model, pixel_values, scene.categories, layer)
+        wanted = explain(model, pixel_values, scene.categories, report.cam.module, report.cam.reshape_transform)
+        np.testing.assert_array_equal(maps, wanted)
+    concepts = factorize(model, pixel_values, report.dff, model.classifier)
+    wanted = factorize(model, pixel_values, report.dff.module, model.classifier, report.dff.reshape_transform)
+    np.testing.assert_array_equal(concepts.maps, wanted.maps)
+    rows = {"as it is": report.cam, "in two": (report.cam.module, report.cam.reshape_transform)}
+    table = layer_table(model, pixel_values, scene.categories[0], rows)
+    assert table.loc["as it is"].tolist() == table.loc["in two"].tolist() and table.loc["as it is", "grid"] == "8 x 8"
+
+
+def test_several_target_layers_need_one_reshape_transform():
+    model = seeded(Tokens)
+    first, second, other = (
+        TargetLayer(model.blocks[i], f"blocks.{i}", functools.partial(tokens_to_map, grid=grid, prefix=1))
+        for i, grid in ((0, (8, 8)), (1, (8, 8)), (1, (4, 16)))
+    )
+    both = explain(model, picture(), 0, [first, second])
+    wanted = explain(model, picture(), 0, [first.module, second.module], first.reshape_transform)
+    np.testing.assert_array_equal(both, wanted)
+    with pytest.raises(ValueError, match="blocks.0, blocks.1 want different reshape transforms: explain them one by"):
+        explain(model, picture(), 0, [first, other])
+    for call in (
+        lambda: explain(model, picture(), 0, first, tokens_to_map),
+        lambda: factorize(model, picture(), first, nn.Identity(), tokens_to_map),
+    ):
+        with pytest.raises(ValueError, match="TargetLayer blocks.0 brings its own reshape transform: leave yours out"):
+            call()
+
+
 def test_grey_and_constant_images():
     class Grey(Convolutions):
         def __init__(self):

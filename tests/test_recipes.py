@@ -1,7 +1,10 @@
+import contextlib
+import functools
 import warnings
 
 import numpy as np
 import pytest
+import pytorch_grad_cam
 import torch
 from published import PUBLISHED
 from torch import nn
@@ -9,10 +12,11 @@ from transformers import AutoModelForImageClassification, SegformerConfig, Segfo
 
 from training.classifier import recipes
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import HUB
+from xai_helpers.checkpoints import HUB, examples, load
 from xai_helpers.concepts import factorize
 from xai_helpers.layers import find_target_layers
 from xai_helpers.recipes import RECIPES
+from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import LogitsModel
 
 each_family = pytest.mark.parametrize("name", RECIPES)
@@ -68,20 +72,21 @@ def run(model, pixel_values, layers):
 
 
 def check_recipe(name, model, pixel_values, grid):
-    """Both layers give the wanted grid, and explain and factorize maps that are finite and not constant."""
+    """All layers have the wanted grid, or a finer one; explain and factorize give maps, finite and not constant."""
     recipe, size = RECIPES[name], tuple(pixel_values.shape[2:])
-    cam, dff = recipe.cam(model, pixel_values), recipe.dff(model, pixel_values)
-    scores, outputs = run(model, pixel_values, [cam, dff])
-    assert [(output.ndim, tuple(output.shape[2:])) for output in outputs] == [(4, grid), (4, grid)]
-
+    layers, dff = recipe.sweep(model, pixel_values), recipe.dff(model, pixel_values)
+    scores, outputs = run(model, pixel_values, [*layers.values(), dff])
+    for path, output in zip([*layers, "concepts"], outputs, strict=True):
+        assert output.ndim == 4, path
+        finer = [of_map / of_last for of_map, of_last in zip(output.shape[2:], grid, strict=True)]
+        assert finer == [1, 1] or all(1.6 <= times <= 4.2 for times in finer), path  # by a stride of 2, or of 4
+    assert outputs[0].shape[2:] == grid
     with warnings.catch_warnings():
-        if name == "cvt":  # its last stage has counted the rows of the batch before its blocks run
-            warnings.filterwarnings("ignore", "the model cannot be forked")
+        warnings.filterwarnings("ignore", "the model cannot be forked")  # a Swin or a CvT has counted the rows before
         # The highest scores: for others there may be nothing but evidence against them, which is an empty map.
-        maps = explain(model, pixel_values, scores.topk(2).indices, cam.module, cam.reshape_transform)
+        maps = explain(model, pixel_values, scores.topk(2).indices, recipe.cam(model, pixel_values))
     check_maps(maps, size)
-    head = recipe.concept_head(model)
-    concepts = factorize(model, pixel_values, dff.module, head, dff.reshape_transform, n_concepts=2)
+    concepts = factorize(model, pixel_values, dff, recipe.concept_head(model, pixel_values), n_concepts=2)
     check_maps(concepts.maps, size)
     assert concepts.scores.shape == (2, len(scores)) and np.isfinite(concepts.scores).all()
 
@@ -116,34 +121,67 @@ def test_a_concept_head_says_what_the_model_says_of_a_picture_of_the_concept_alo
     with torch.no_grad():
         wanted = LogitsModel(model)(pixel_values)
         handle.remove()
-        found = RECIPES[name].concept_head(model)(torch.stack([concepts[0], torch.zeros_like(concepts[0])]))
+        head = RECIPES[name].concept_head(model, pixel_values)
+        found = head(torch.stack([concepts[0], torch.zeros_like(concepts[0])]))
     torch.testing.assert_close(found[:1], wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
 
 @each_family
-def test_recipe_is_what_the_finder_chooses_or_says_why_not(name):
+def test_concepts_are_taken_where_the_finder_says_or_it_is_said_why_not(name):
     model, pixel_values, recipe = bundled_like(name), picture(128, 128), RECIPES[name]
-    report = find_target_layers(model, pixel_values)
-    assert set(recipe.differs) <= {"cam", "dff"}
-    for use in ("cam", "dff"):
-        described, found = getattr(recipe, use)(model, pixel_values), getattr(report, use)
-        assert model.get_submodule(described.path) is described.module
-        assert (described.path != found.path) == (use in recipe.differs)
-        if use not in recipe.differs:
-            _, maps = run(model, pixel_values, [described, found])
-            assert torch.equal(*maps)
+    described, found = recipe.dff(model, pixel_values), find_target_layers(model, pixel_values).dff
+    assert model.get_submodule(described.path) is described.module
+    assert (described.path != found.path) == bool(recipe.differs)
+    if not recipe.differs:
+        _, maps = run(model, pixel_values, [described, found])
+        assert torch.equal(*maps)
+
+
+@each_family
+def test_layers_of_a_sweep_are_named_by_their_paths(name):
+    model, pixel_values, recipe = bundled_like(name), picture(128, 128), RECIPES[name]
+    for path, layer in recipe.sweep(model, pixel_values).items():
+        inner = model.model if isinstance(model, LogitsModel) else model
+        base = getattr(inner, name)
+        places = [base, getattr(base, "encoder", base), *getattr(getattr(base, "encoder", base), "stages", [])[-1:]]
+        found = []
+        for place in places:
+            with contextlib.suppress(AttributeError, IndexError):
+                found.append(eval(f"place.{path}", {"place": place}))
+        assert layer.module in [*found, *(one[-1] for one in found if isinstance(one, nn.ModuleList))], path
+
+
+@each_family
+@pytest.mark.filterwarnings("ignore:the model cannot be forked")
+def test_no_layer_points_better_than_that_of_the_recipe(name):
+    """By the numbers of the benchmark, of which 16 scenes are drawn here, beside published layers and a random map."""
+    recipe, (model, processor) = RECIPES[name], load(name, "bundled")
+    scenes = examples(model, processor, 16, "validation")
+    methods = {
+        path: functools.partial(explain, model, target_layer=layer)
+        for path, layer in recipe.sweep(model, scenes[0].pixel_values).items()
+        if recipe.layers[path].source or path == recipe.best
+    }
+    methods[recipe.best] = functools.partial(methods[recipe.best], method=getattr(pytorch_grad_cam, recipe.method))
+    pointing = score_table(methods, scenes)["pointing"]
+    assert abs(pointing[recipe.best] - recipe.pointing) <= 0.13  # two standard errors of 32 maps
+    assert pointing[recipe.best] >= pointing.max() - 0.07 and pointing[recipe.best] > pointing["random map"] + 0.4
+
+
+def test_published_layers_have_their_source():
+    for recipe in RECIPES.values():
+        assert any(layer.source for layer in recipe.layers.values()) and recipe.best in recipe.layers
 
 
 @each_family
 def test_another_model_is_refused(name):
     other = build(recipes()["regnet" if name == "resnet" else "resnet"].config, picture(64, 64))
     message = f"recipe for {name} does not fit a {type(other).__name__}.*load\\('{name}'\\).*find_target_layers"
-    for call in (RECIPES[name].cam, RECIPES[name].dff):
+    recipe = RECIPES[name]
+    for call in (recipe.cam, recipe.sweep, recipe.dff, recipe.concept_head):
         with pytest.raises(ValueError, match=message):
             call(other, picture(64, 64))
-    with pytest.raises(ValueError, match=message):
-        RECIPES[name].concept_head(other)
 
 
 def test_a_model_for_another_task_is_refused():

@@ -11,7 +11,7 @@ from xai_helpers.attention import relevance, rollout
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.cam import explain
 from xai_helpers.concepts import factorize
-from xai_helpers.layers import TargetLayer, find_target_layers, layer_table
+from xai_helpers.layers import find_target_layers, layer_table
 from xai_helpers.leaderboard import faithfulness
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scoring import Example
@@ -215,8 +215,6 @@ def test_a_layer_knows_its_path():
 
 def test_what_is_no_layer_is_not_printed_whole():
     model = tiny_resnet()
-    with pytest.raises(ValueError, match="not TargetLayer: give its .module, and beside it its .reshape_transform"):
-        layer_path(model, TargetLayer(model.resnet, "resnet", None))
     with pytest.raises(ValueError, match="not list; find_target_layers") as error:
         layer_path(model, [model.resnet])
     assert "Conv2d" not in str(error.value)

@@ -26,14 +26,15 @@ from torchvision.transforms.functional import gaussian_blur
 
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.checkpoints import FAULTY, HUB, as_example, load, scene_categories
-from xai_helpers.layers import find_target_layers
-from xai_helpers.leaderboard import CAMS, MODELS, PIXELS, methods_for, target_layer
+from xai_helpers.layers import TargetLayer, find_target_layers
+from xai_helpers.leaderboard import CAMS, MODELS, PIXELS, methods_for
 from xai_helpers.pictures import read_picture
 from xai_helpers.plots import outline, overlay
+from xai_helpers.recipes import RECIPES
 from xai_helpers.reshape import layer_to_map
 from xai_helpers.scenes import PHOTOS, Scene, as_seen, make_scene, natural, with_article
 from xai_helpers.scoring import Example, energy_inside, hits, resize_masks
-from xai_helpers.wrappers import category_index, device_of, frozen, input_for, layer_path, top_categories
+from xai_helpers.wrappers import category_index, device_of, frozen, input_for, top_categories
 
 if TYPE_CHECKING:  # imported late below
     import ipywidgets

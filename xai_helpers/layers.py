@@ -4,9 +4,9 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,9 +50,11 @@ class TargetLayer:
 
 
 def modules_and_transform(
-    target_layer: "torch.nn.Module | TargetLayer | Sequence", reshape_transform: Callable | None = None
+    target_layer: Any, reshape_transform: Callable | None = None
 ) -> tuple[list[torch.nn.Module], Callable | None]:
     """One or several target layers, each a module or a `TargetLayer`, as modules and the reshape transform of them all.
+
+    What is neither is passed on, for the caller to name.
 
     Raises:
         ValueError: a reshape transform beside a `TargetLayer`, which has its own, or layers with different ones.

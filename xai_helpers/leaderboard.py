@@ -79,10 +79,7 @@ def methods_for(
     if layer is None:
         layer = RECIPES[FAULTY.get(str(name), str(name))].cam(model, pixel_values)
     methods: dict[str, Callable] = {"balanced gradients": functools.partial(explain, model)}
-    methods |= {
-        key: functools.partial(explain, model, target_layer=layer, method=cam)
-        for key, cam in CAMS.items()
-    }
+    methods |= {key: functools.partial(explain, model, target_layer=layer, method=cam) for key, cam in CAMS.items()}
     if isinstance(model.config, ResNetConfig):
         methods["FullGrad"] = functools.partial(explain, model, target_layer=layer, method=grad_cam.FullGrad)
     if hasattr(model, "vit"):

@@ -346,7 +346,7 @@ def blurred_away(pixel_values: torch.Tensor, mask: np.ndarray) -> torch.Tensor:
     """
     mask = resize_masks(np.asarray(without_device(mask))[None], *pixel_values.shape[2:])[0]
     picture = pixel_values[0].permute(1, 2, 0).float().numpy(force=True)
-    outside, sigma = np.float32(~mask), max(mask.shape) / 8
+    outside, sigma = (~mask).astype(np.float32), max(mask.shape) / 8
     around = cv2.GaussianBlur(picture * outside[..., None], (0, 0), sigma).reshape(picture.shape)
     share = cv2.GaussianBlur(outside, (0, 0), sigma)[..., None].clip(min=1e-6)
     filled = np.where(mask[..., None], around / share, picture)
