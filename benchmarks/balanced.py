@@ -16,32 +16,21 @@ from captum.attr import InputXGradient
 from xai_helpers.attention import relevance
 from xai_helpers.attribution import attribute
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import CLIPS, HUB, examples, load
-from xai_helpers.leaderboard import WHERE_HIDING_MATTERS, effects_of_hiding, hiding_matters, measure
+from xai_helpers.checkpoints import CLIPS, examples
+from xai_helpers.leaderboard import MODELS, WHERE_HIDING_MATTERS, classifier, effects_of_hiding, hiding_matters, measure
 from xai_helpers.recipes import RECIPES
-from xai_helpers.scenes import labels
 from xai_helpers.scoring import bootstrap_interval
-from xai_helpers.wrappers import PromptClassifier
-
-
-def models(names):
-    """Yields a name, a model and its processor; a CLIP tells prompts apart, by their contrast."""
-    for name in names:
-        model, processor = load(name, "bundled")
-        if name in CLIPS:
-            prompts = {label: f"a photo of a {label}" for label in labels()}
-            model = PromptClassifier(model, processor, prompts, scores="contrast")
-        yield name, model, processor
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=[*HUB, *CLIPS])
+    parser.add_argument("names", nargs="*", default=MODELS)
     parser.add_argument("--scenes", type=int, default=120)
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     given = parser.parse_args()
     warnings.filterwarnings("ignore", "the model cannot be forked")
-    for name, model, processor in models(given.names):
+    for name in given.names:
+        model, processor = classifier(name)
         methods = {"balanced": functools.partial(explain, model)}
         methods["gradient x input"] = functools.partial(attribute, model, method=InputXGradient)
         if name == "vit" or name in CLIPS:

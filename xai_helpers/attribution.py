@@ -48,6 +48,7 @@ def attribute(
     pixel_values: torch.Tensor,
     categories: str | int | Callable | Sequence,
     method: Callable | str | None = None,
+    sign: str = "absolute",
     **options: Any,
 ) -> np.ndarray:
     """How much each pixel speaks for or against each category, by one of Captum's methods or balanced gradients.
@@ -59,17 +60,20 @@ def attribute(
         method: a class of Captum such as Saliency or IntegratedGradients, or a function of a scorer that makes one,
             such as `lambda net: NoiseTunnel(Saliency(net))`; None: Saliency. "balanced": value times balanced gradient
             (`balance.balanced_gradients`), whose option is `gamma`.
+        sign: of Captum's attributions: "absolute" adds up the absolute values over the channels; "positive" adds up the
+            values, and keeps what speaks for the category, as a CAM does.
         options: for its `attribute`, such as `n_steps` or `nt_samples`. Tensors, such as `baselines`, may be on any
             device.
 
     Returns:
-        A float32 array (n_categories, height, width) in [0, 1]: the absolute attributions, summed over the channels and
-        divided by the largest of the map. With "balanced" the attributions themselves, signed and not scaled, summed
-        over the channels: those of all pixels, and of the model's biases and other constants, add up to the score.
+        A float32 array (n_categories, height, width) in [0, 1]: the attributions, summed over the channels and divided
+        by the largest of the map. With "balanced" the attributions themselves, signed and not scaled, summed over the
+        channels: those of all pixels, and of the model's biases and other constants, add up to the score.
 
     Raises:
-        ValueError: an unknown method or category, or a callable that returns no single number; pixel_values of another
-            shape or not finite; a model in half precision; for "balanced", one of torch.jit or without a gradient.
+        ValueError: an unknown method, sign or category; a callable that returns no single number; pixel_values of
+            another shape or not finite; a model in half precision, or for "balanced" one of torch.jit or without a
+            gradient.
 
     Example:
         >>> from captum.attr import IntegratedGradients
@@ -83,6 +87,8 @@ def attribute(
     from captum.attr import Saliency  # late: most explanations need no Captum
 
     pixel_values = input_for(model, pixel_values)
+    if sign not in ("absolute", "positive"):
+        raise ValueError(f'sign is "absolute" or "positive", not {sign!r}')
     if isinstance(method, str):
         if method != "balanced":
             raise ValueError(f'there is no method {method!r}: give "balanced", or a class of Captum')
@@ -97,7 +103,9 @@ def attribute(
             engine.attribute(pixel_values.clone().requires_grad_(), target=i, **options).detach()
             for i in range(len(scorer.targets))
         ]
-    return _scaled(torch.cat(found).abs().sum(dim=1).cpu().numpy())
+    values = torch.cat(found)
+    maps = values.abs().sum(dim=1) if sign == "absolute" else values.sum(dim=1).clamp(min=0)
+    return _scaled(maps.cpu().numpy())
 
 
 def _balanced(model, pixel_values, categories, **options):

@@ -27,7 +27,7 @@ from torchvision.transforms.functional import gaussian_blur
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.checkpoints import FAULTY, HUB, as_example, load, scene_categories
 from xai_helpers.layers import TargetLayer, find_target_layers
-from xai_helpers.leaderboard import CAMS, MODELS, PIXELS, methods_for
+from xai_helpers.leaderboard import CAMS, PIXELS, methods_for
 from xai_helpers.pictures import read_picture
 from xai_helpers.plots import outline, overlay
 from xai_helpers.recipes import RECIPES
@@ -39,6 +39,8 @@ from xai_helpers.wrappers import category_index, device_of, frozen, input_for, t
 if TYPE_CHECKING:  # imported late below
     import ipywidgets
 
+#: What is there to choose from, if no model is given.
+MODELS = ["resnet", "vit", "swin", "convnext"]
 #: Scenes: seed and objects. Only objects that the published checkpoints know, too.
 SCENES = [(19, ["cat", "coffee cup"]), (1, ["flower", "motorcycle"]), (5, ["cat", "rocket"])]
 SIDE = 320  # of a picture that is shown, in pixels
@@ -342,8 +344,7 @@ def explorer(
     they were.
 
     Args:
-        model: a transformers model for image classification, or a name as in `checkpoints.load`. None: those of the
-            leaderboard.
+        model: a transformers model for image classification, or a name as in `checkpoints.load`. None: `MODELS`.
         processor: the processor of a model of your own.
         image: a path, a PIL image of any mode, or a `Scene`, whose masks are then the known answers. None: scenes and
             photos with known answers.

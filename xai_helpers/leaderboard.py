@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,37 @@ import pytorch_grad_cam as grad_cam
 import torch
 from captum.attr import GuidedBackprop, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirst, ROADMostRelevantFirst
+from sklearn.metrics import average_precision_score
 from transformers import ResNetConfig
 
 from xai_helpers.attention import relevance, rollout
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import FAULTY, examples
-from xai_helpers.layers import TargetLayer
+from xai_helpers.checkpoints import CLIPS, FAULTY, HUB, examples, load
+from xai_helpers.layers import TargetLayer, find_target_layers
 from xai_helpers.recipes import RECIPES
+from xai_helpers.scenes import labels, with_article
 from xai_helpers.scoring import (
     Example,
+    behind_best,
     blurred_away,
     bootstrap_interval,
     centre_dots,
     edge_maps,
     perturbation_curves,
     random_maps,
+    resize_masks,
     score_maps,
+    wilson_interval,
 )
-from xai_helpers.wrappers import LogitsModel, category_index, category_targets, frozen, input_for
+from xai_helpers.wrappers import LogitsModel, PromptClassifier, category_index, category_targets, frozen, input_for
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
-MODELS = ["resnet", "vit", "swin", "convnext"]
+MODELS = [*HUB, *CLIPS]
 WHERE_HIDING_MATTERS = "pointing where hiding matters"
-SCORES = ["pointing", WHERE_HIDING_MATTERS, "energy", "on the other", "ROAD", "deletion", "seconds"]
+#: The higher, the better, against the known answer.
+ON_ANSWERS = ["pointing", WHERE_HIDING_MATTERS, "energy", "average precision"]
+SCORES = [*ON_ANSWERS, "on the other", "ROAD", "deletion", "seconds"]
 
 CAMS = {
     "Grad-CAM": grad_cam.GradCAM,
@@ -51,39 +58,98 @@ CAMS = {
     "Score-CAM": grad_cam.ScoreCAM,
     "RandomCAM": grad_cam.RandomCAM,
 }
-#: Captum's, each with the options of its `attribute`.
+_INTEGRATED: dict[str, Any] = {"n_steps": 32, "internal_batch_size": 32}
+#: Captum's, each with the options of `attribute`. Those with signs are there as absolute values and as what speaks for
+#: the category, which is what CAMs, occlusion and RISE show.
 PIXELS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "gradient": (Saliency, {}),
     "input x gradient": (InputXGradient, {}),
+    "input x gradient, positive": (InputXGradient, {"sign": "positive"}),
     "SmoothGrad": (
         lambda net: NoiseTunnel(Saliency(net)),
-        {"nt_samples": 16, "nt_samples_batch_size": 16, "stdevs": 0.3},
+        {"nt_samples": 16, "nt_samples_batch_size": 16, "stdevs": 0.3, "abs": False},
     ),
-    "integrated gradients": (IntegratedGradients, {"n_steps": 32, "internal_batch_size": 32}),
+    "integrated gradients": (IntegratedGradients, _INTEGRATED),
+    "integrated gradients, positive": (IntegratedGradients, _INTEGRATED | {"sign": "positive"}),
 }
 #: Methods that take many times as long as Grad-CAM.
-SLOW = ["Ablation-CAM", "Score-CAM", "FullGrad", "SmoothGrad", "integrated gradients", "occlusion", "RISE"]
+SLOW = ["Ablation-CAM", "Score-CAM", "FullGrad", "SmoothGrad", *(name for name in PIXELS if "integrated" in name)]
+SLOW += ["occlusion", "RISE"]
 BASELINES = ["random map", "centre dot", "edges", "RandomCAM"]
 
 
+def classifier(name: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
+    """One of `MODELS` or of the `checkpoints.FAULTY`, bundled, with its processor.
+
+    A CLIP becomes a `PromptClassifier` with a prompt for each category of the scenes. Its scores are contrasts: the
+    similarity to a prompt less the mean over all of them.
+    """
+    model, processor = load(name, "bundled", device)
+    if name in CLIPS:
+        prompts = {label: f"a photo of {with_article(label)}" for label in labels()}
+        model = PromptClassifier(model, processor, prompts, scores="contrast")
+    return model, processor
+
+
+def layers_to_try(name: str, model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
+    """Layers worth a sweep: those of the family's recipe; else the last five that `find_target_layers` finds usable."""
+    if recipe := RECIPES.get(FAULTY.get(name, name)):
+        return recipe.sweep(model, pixel_values)
+    usable = [c for c in find_target_layers(model, pixel_values).candidates if c.target and c.share_with_gradient > 0]
+    return {candidate.path: candidate.target for candidate in reversed(usable[-5:]) if candidate.target}
+
+
+def best_layers(model: Any, layers: Mapping[str, TargetLayer], validation: Sequence[Example]) -> dict[str, str]:
+    """The layer at which each of the `CAMS` does best, by the sum of pointing and energy: CAM -> a name in layers.
+
+    RandomCAM, a baseline, is made at Grad-CAM's.
+    """
+    best = {}
+    for cam, method in CAMS.items():
+        if cam != "RandomCAM":
+            at = {
+                path: functools.partial(explain, model, target_layer=layer, method=method)
+                for path, layer in layers.items()
+            }
+            scores = score_maps(at, validation).groupby("method").mean().loc[list(layers)]
+            best[cam] = (scores["pointing"] + scores["energy"]).idxmax()
+    return best | {"RandomCAM": best["Grad-CAM"]}
+
+
+def layers_on_board(name: str, model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
+    """At which layer each CAM was made for the full table: CAM -> `TargetLayer`."""
+    table, layers = results(), layers_to_try(name, model, pixel_values)
+    made = table[(table["model"] == FAULTY.get(name, name)) & table["layer"].notna()].groupby("method")["layer"].first()
+    return {cam: layers[path] for cam, path in made.items() if cam in CAMS}
+
+
 def methods_for(
-    name: str | None, model: Any, pixel_values: torch.Tensor, layer: TargetLayer | None = None
+    name: str | None,
+    model: Any,
+    pixel_values: torch.Tensor,
+    layer: TargetLayer | Mapping[str, TargetLayer] | None = None,
 ) -> dict[str, Callable]:
     """All methods that can explain a model: name -> function (pixel_values, categories) -> maps.
 
     Args:
-        name, model: as for `checkpoints.load`, of one of `MODELS`, or of the `checkpoints.FAULTY`.
+        name, model: one of `MODELS` or of the `checkpoints.FAULTY`, as `classifier` gives it.
         pixel_values: a picture, whose size the others have, too.
-        layer: where the CAMs are made. None: where the family's recipe says; with a layer, the name is not used.
+        layer: where the CAMs are made, all of them or each of the `CAMS` by its name. None: at the layer of the
+            family's recipe. With a layer, the name is not used.
     """
     if layer is None:
         layer = RECIPES[FAULTY.get(str(name), str(name))].cam(model, pixel_values)
+    layers = layer if isinstance(layer, Mapping) else dict.fromkeys(CAMS, layer)
     methods: dict[str, Callable] = {"balanced gradients": functools.partial(explain, model)}
-    methods |= {key: functools.partial(explain, model, target_layer=layer, method=cam) for key, cam in CAMS.items()}
+    for key, cam in CAMS.items():
+        methods[key] = functools.partial(explain, model, target_layer=layers[key], method=cam)
     if isinstance(model.config, ResNetConfig):
-        methods["FullGrad"] = functools.partial(explain, model, target_layer=layer, method=grad_cam.FullGrad)
+        methods["FullGrad"] = functools.partial(
+            explain, model, target_layer=layers["Grad-CAM"], method=grad_cam.FullGrad
+        )
     if hasattr(model, "vit"):
         methods["rollout"] = lambda x, names: np.repeat(rollout(model, x), len(names), axis=0)
+    if hasattr(model, "vit") or isinstance(model, PromptClassifier):
         methods["relevance"] = functools.partial(relevance, model)
     pixels = {**PIXELS, "guided backprop": (GuidedBackprop, {})} if isinstance(model.config, ResNetConfig) else PIXELS
     for key, (method, options) in pixels.items():
@@ -184,15 +250,16 @@ def measure(
         matters: for which of the examples' objects `hiding_matters`, with the index levels "scene" and "category".
 
     Returns:
-        What `scoring.score_maps` returns, with the baselines, and beside it the columns of `faithfulness` and
-        "pointing where hiding matters", which is NaN for the other objects, and without `matters` for all.
+        What `scoring.score_maps` returns, with the baselines, and beside it: the columns of `faithfulness`; "pointing
+        where hiding matters", which is NaN for the other objects, and without `matters` for all; "average precision" of
+        the map's pixels, as to whether they are in the object, which depends on their order alone.
     """
     kept: dict[str, list[np.ndarray]] = {}
 
     def keep(key, method):
         def kept_method(x, names):
             maps = method(x, names)
-            kept.setdefault(key, []).append(maps[0])
+            kept.setdefault(key, []).append(maps)
             return maps
 
         return kept_method
@@ -204,30 +271,39 @@ def measure(
         scores = score_maps({key: keep(key, method) for key, method in methods.items()}, examples)
     finally:
         np.random.set_state(state)
-    kept["centre dot"] = [centre_dots(1, height, width)[0]] * len(examples)
-    kept["random map"] = [random_maps(1, height, width, seed=i)[0] for i in range(len(examples))]
-    rows = {
-        (key, i, example.categories[0]): faithfulness(model, example, maps[i], seed=i)
-        for key, maps in kept.items()
-        for i, example in enumerate(examples[:n_faithful])
-    }
+    counts = [len(example.categories) for example in examples]
+    kept["centre dot"] = [centre_dots(n, height, width) for n in counts]
+    kept["random map"] = [random_maps(n, height, width, seed=i) for i, n in enumerate(counts)]
+    rows, precision = {}, {}
+    for key, maps in kept.items():
+        for i, (example, of_scene) in enumerate(zip(examples, maps, strict=True)):
+            answers = resize_masks(example.masks, height, width)
+            for category, heat, answer in zip(example.categories, of_scene, answers, strict=True):
+                precision[key, i, category] = average_precision_score(answer.ravel(), heat.ravel())
+            if i < n_faithful:
+                rows[key, i, example.categories[0]] = faithfulness(model, example, of_scene[0], seed=i)
     found = pd.DataFrame.from_dict(rows, orient="index", columns=["ROAD", "deletion"], dtype=float)
     if rows:
         found.index = pd.MultiIndex.from_tuples(found.index, names=scores.index.names)
     matters = pd.Series(dtype=bool) if matters is None else matters
-    counts = [matters.get((scene, category), False) for _, scene, category in scores.index]
-    scores[WHERE_HIDING_MATTERS] = scores["pointing"].where(counts)
+    where = [matters.get((scene, category), False) for _, scene, category in scores.index]
+    scores[WHERE_HIDING_MATTERS] = scores["pointing"].where(where)
+    scores["average precision"] = [precision[key] for key in scores.index]
     return scores.join(found.reindex(scores.index))
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """The mean of each score over scenes, with its 95 % `bootstrap_interval`.
+    """The mean of each score over scenes, how sure it is, and how far it is behind the best method's.
 
     Args:
         scores: what `measure` returned.
 
     Returns:
-        A pandas DataFrame with the columns "method", "score", "mean", "from", "to" and "scenes", how many it is over.
+        A pandas DataFrame with the columns "method", "score", "mean"; "from" and "to", the ends of its 95 %
+        `bootstrap_interval` (of the `wilson_interval` over scenes, if every map points, or none does); "scenes", how
+        many it is over; and for scores against the known answer "behind", "behind from", "behind to": what
+        `scoring.behind_best` says on the scenes that all methods had. With "behind from" at most 0, the scenes can't
+        tell the method from the best one.
     """
     by_scene = scores[SCORES].groupby(["method", "scene"], sort=False).mean()
     rows = []
@@ -235,15 +311,26 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
         for score, values in of_method.items():
             values = values.dropna()
             if len(values):
-                rows.append((method, score, values.mean(), *bootstrap_interval(values), len(values)))
-    return pd.DataFrame(rows, columns=["method", "score", "mean", "from", "to", "scenes"])
+                mean, n = values.mean(), len(values)
+                is_share = score == "on the other" or str(score).startswith("pointing")
+                interval = wilson_interval(mean, n) if is_share and mean in (0, 1) else bootstrap_interval(values)
+                rows.append((method, score, mean, *interval, n))
+    table = pd.DataFrame(rows, columns=["method", "score", "mean", "from", "to", "scenes"])
+    behind = []
+    for score in ON_ANSWERS:
+        if scores[score].notna().any():
+            gaps = behind_best(scores, scores.index.unique("method"), score)[["behind", "from", "to"]]
+            gaps = gaps.set_axis(["behind", "behind from", "behind to"], axis=1).rename_axis("method")
+            behind.append(gaps.assign(score=score).reset_index())
+    return table.merge(pd.concat(behind), how="left", on=["method", "score"]) if behind else table
 
 
 def results() -> pd.DataFrame:
     """The full table: what `summarise` returns for each of `MODELS`, with a column "model" in front.
 
     Returns:
-        A pandas DataFrame; its `attrs["made"]` says when, and by which command.
+        A pandas DataFrame, with a last column "layer", at which a CAM was made; its `attrs["made"]` says when it was
+        made, and by which command.
     """
     table = pd.read_csv(RESULTS, comment="#")
     table.attrs["made"] = RESULTS.read_text().splitlines()[0].removeprefix("# ")

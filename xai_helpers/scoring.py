@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,19 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n independent cases (Wilson, JASA 1927), which has a width at 0 and 1, too.
+
+    Example:
+        >>> low, high = wilson_interval(1, 100)
+        >>> round(low, 3), high
+        (0.963, 1.0)
+    """
+    z2 = 1.959964**2
+    centre, spread = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))
+    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
 
 
 def behind_best(scores: "pd.DataFrame", methods: Iterable[str], score: str = "pointing") -> "pd.DataFrame":
