@@ -2,7 +2,7 @@
 
 Every method of `xai_helpers.leaderboard` on its models and on the same 100 test scenes with two objects. Each CAM is
 made at the layer that is best for it on 12 validation scenes, by the sum of pointing and energy. ROAD and deletion are
-measured in the first 40 scenes, for the first category. A squared Grad-CAM is there to show what sharpening does to a
+measured in the first 20 scenes, for the first category. A squared Grad-CAM is there to show what sharpening does to a
 score. The table is written anew after each model; all of them take about an hour and a half on one core. Names of
 models after the command do only these, and keep the others' rows. Seconds are those of all maps of a scene on this
 machine; "x Grad-CAM" in the printed tables is their ratio to those of Grad-CAM on the same model and in the same run.
@@ -53,7 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=MODELS, help="default: all")
     parser.add_argument("--scenes", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--faithful", type=int, default=40, help="scenes for ROAD and deletion (%(default)s)")
+    parser.add_argument("--faithful", type=int, default=20, help="scenes for ROAD and deletion (%(default)s)")
     parser.add_argument("--validation", type=int, default=12, help="scenes for the choice of layers (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     given = parser.parse_args()

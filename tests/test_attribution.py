@@ -4,7 +4,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from captum.attr import DeepLift, IntegratedGradients, NoiseTunnel, Saliency
+from captum.attr import DeepLift, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from rehearsal import accelerator
 
 from xai_helpers.attribution import attribute, occlude, rise
@@ -48,6 +48,20 @@ def test_channels_are_added_up_without_their_sign():
 
     heat = attribute(Signed(), ONES, 0)[0]
     assert heat[2, 3] == 1 and heat[9, 9] == pytest.approx(0.5) and heat.sum() == pytest.approx(1.5)
+
+
+def test_what_speaks_for_a_category_is_kept_by_its_sign():
+    class Signed(torch.nn.Module):
+        def forward(self, pixel_values):  # attributions 3 and -1 at one pixel, -2 at another, 1 at a third
+            a, b, c = pixel_values[:, :, 2, 3], pixel_values[:, 0, 9, 9], pixel_values[:, 0, 5, 5]
+            return (3 * a[:, 0] - a[:, 1] - 2 * b + c)[:, None]
+
+    heat = attribute(Signed(), ONES, 0, InputXGradient, sign="positive")[0]
+    assert heat[2, 3] == 1 and heat[5, 5] == pytest.approx(0.5) and heat.sum() == pytest.approx(1.5)
+    absolute = attribute(Signed(), ONES, 0, InputXGradient)[0]
+    assert absolute[2, 3] == 1 and absolute[9, 9] == pytest.approx(0.5) and absolute[5, 5] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="sign is \"absolute\" or \"positive\", not 'signed'"):
+        attribute(Signed(), ONES, 0, sign="signed")
 
 
 @pytest.mark.parametrize(

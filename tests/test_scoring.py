@@ -21,6 +21,7 @@ from xai_helpers.scoring import (
     score_maps,
     score_table,
     strongest_inside,
+    wilson_interval,
 )
 
 LEFT = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0]], bool)
@@ -249,6 +250,13 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says():
 def test_bootstrap_interval_wants_a_number_a_scene(wrong):
     with pytest.raises(ValueError, match=r"\(n_scenes,\).*average the maps of a scene first"):
         bootstrap_interval(wrong)
+
+
+def test_wilson_interval_worked_out_by_hand():
+    # Of 4 with a half: 1.96 * sqrt(1/16 + 1.96²/64) / (1 + 1.96²/4) = 0.35 to both sides.
+    assert wilson_interval(0.5, 4) == pytest.approx((0.15, 0.85), abs=1e-3)
+    assert wilson_interval(1, 100) == pytest.approx((100 / (100 + 1.96**2), 1), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 1.96**2 / (10 + 1.96**2)), abs=1e-4)
 
 
 def test_the_best_and_those_behind_it_on_the_scenes_that_all_had():

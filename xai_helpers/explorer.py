@@ -141,19 +141,18 @@ def as_question(scene: Scene, model: Any, processor: Any, categories: Sequence[s
 def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
     """Layers at which CAMs can be made, by a label with path and grid.
 
-    The first is the one to begin with: that of the family's recipe, if it has one, else the one that
-    `find_target_layers` chooses. Then come the latest ones of finer grids; in a model that keeps its grid, the layer
-    before.
+    The first is the one to begin with: that of the family's recipe, if it has one. Then come the one that
+    `find_target_layers` chooses, and the latest ones of finer grids; in a model that keeps its grid, the layer before.
     """
     report = find_target_layers(model, pixel_values)
     family = getattr(model.config, "model_type", None)
     best = RECIPES[family].cam(model, pixel_values) if family in RECIPES else report.cam
-    grid = _grid(model, best, pixel_values)
+    grid, last = _grid(model, best, pixel_values), _grid(model, report.cam, pixel_values)
     usable = [c for c in report.candidates if c.target and c.share_with_gradient > 0]
     before = list(itertools.takewhile(lambda candidate: candidate.path != best.path, usable))
     finer = {c.grid: c for c in before if np.prod(c.grid) > np.prod(grid)}
     earlier = list(finer.values())[-EARLIER_LAYERS:] or before[-1:]
-    layers = {_label(best.path, grid): best}
+    layers = {_label(best.path, grid): best, _label(report.cam.path, last): report.cam}
     for candidate in reversed(earlier):
         assert candidate.target  # it is usable
         layers[_label(candidate.path, candidate.grid)] = candidate.target
