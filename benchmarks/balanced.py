@@ -16,7 +16,7 @@ from captum.attr import InputXGradient
 from xai_helpers.attention import relevance
 from xai_helpers.attribution import attribute
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import CLIPS, examples
+from xai_helpers.checkpoints import examples, names_of
 from xai_helpers.leaderboard import MODELS, WHERE_HIDING_MATTERS, classifier, effects_of_hiding, hiding_matters, measure
 from xai_helpers.recipes import RECIPES
 from xai_helpers.scoring import bootstrap_interval
@@ -33,7 +33,7 @@ def main():
         model, processor = classifier(name)
         methods = {"balanced": functools.partial(explain, model)}
         methods["gradient x input"] = functools.partial(attribute, model, method=InputXGradient)
-        if name == "vit" or name in CLIPS:
+        if name == "vit" or name in names_of("prompts"):
             methods["relevance"] = functools.partial(relevance, model)
         scenes = examples(model, processor, given.scenes, given.split)
         if name in RECIPES:

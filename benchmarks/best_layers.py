@@ -13,7 +13,7 @@ import warnings
 from pytorch_grad_cam import GradCAM, HiResCAM
 
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import HUB, examples, load
+from xai_helpers.checkpoints import examples, load, names_of
 from xai_helpers.concepts import named_right
 from xai_helpers.layers import find_target_layers
 from xai_helpers.recipes import RECIPES
@@ -22,7 +22,7 @@ from xai_helpers.scoring import behind_best, score_maps
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(HUB))
+    parser.add_argument("names", nargs="*", default=names_of("classification"))
     parser.add_argument("--scenes", type=int, default=50)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", "the model cannot be forked")

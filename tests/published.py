@@ -1,4 +1,4 @@
-"""The checkpoints of `checkpoints.HUB` as they are published, without their weights."""
+"""The classifiers of `checkpoints.CHECKPOINTS` as they are published, without their weights."""
 
 from dataclasses import dataclass
 

@@ -27,10 +27,7 @@ from training.report import natural_photos, score
 from xai_helpers.cam import explain
 from xai_helpers.checkpoints import (
     BUNDLED,
-    CLIPS,
-    FAULTY,
-    FINDERS,
-    HUB,
+    CHECKPOINTS,
     HUB_BOXES,
     IMAGENET_NAMES,
     as_example,
@@ -38,6 +35,7 @@ from xai_helpers.checkpoints import (
     example_scene,
     examples,
     load,
+    names_of,
     scene_categories,
 )
 from xai_helpers.leaderboard import effects_of_hiding
@@ -47,7 +45,7 @@ from xai_helpers.scoring import score_table
 from xai_helpers.wrappers import category_index
 
 ROOT = Path(__file__).resolve().parents[1]
-THERE = sorted(HUB)
+THERE = sorted(names_of("classification"))
 IMAGENET = {0: "tench", 1: "Egyptian cat", 2: "espresso", 3: "daisy", 4: "moped", 5: "space shuttle"}
 
 
@@ -73,7 +71,7 @@ def tiny(folder, names, processor=None):
 
 
 def test_every_checkpoint_is_bundled():
-    assert {path.name for path in BUNDLED.iterdir()} == {*HUB, *CLIPS, *FINDERS, *FAULTY}
+    assert {path.name for path in BUNDLED.iterdir()} == set(CHECKPOINTS)
 
 
 def test_bundled_model_is_ready_for_use(bundled):
@@ -86,7 +84,7 @@ def test_bundled_model_is_ready_for_use(bundled):
     assert out.shape == (1, len(labels()))
 
 
-@pytest.mark.parametrize("name", [*THERE, *FAULTY, *FINDERS])
+@pytest.mark.parametrize("name", [*THERE, *names_of(faulty=True), *names_of("detection", "segmentation")])
 def test_bundled_folder_has_small_safetensors_and_a_card(name):
     files = {path.name for path in (BUNDLED / name).iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
@@ -162,10 +160,10 @@ def test_unknown_names_and_folders_are_named(tmp_path):
 
 OFFLINE = """
 import json, os
-from xai_helpers.checkpoints import CLIPS, FINDERS, HUB, example_scene, load
+from xai_helpers.checkpoints import example_scene, load, names_of
 
 calls = {
-    **{name: lambda name=name: load(name, weights="hub") for name in HUB | CLIPS | FINDERS},
+    **{name: lambda name=name: load(name, weights="hub") for name in names_of()},
     "picture": lambda: example_scene("hub"),
     "bundled": lambda: load("resnet", weights="bundled"),
     "bundled picture": lambda: example_scene("bundled"),
@@ -194,7 +192,7 @@ def test_offline_the_hub_names_what_is_missing_and_the_bundled_way_works(tmp_pat
     done = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    published = HUB | CLIPS | FINDERS
+    published = {name: CHECKPOINTS[name].hub for name in names_of()}
     for case, name in [*zip(published, published, strict=True), ("resnet by environment", "resnet")]:
         kind, message = found[case]
         assert kind == "OSError" and published[name] in message

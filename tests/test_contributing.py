@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from training.classifier import recipes
-from xai_helpers.checkpoints import BUNDLED, CLIPS, FAULTY, FINDERS, HUB, load
+from xai_helpers.checkpoints import BUNDLED, CHECKPOINTS, load, names_of
 from xai_helpers.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ def missing_steps(name):
     folder, page = ROOT / "xai_helpers" / "bundled" / name, f"notebooks/recipes/{name}"
     published = (ROOT / "tests" / "published.py").read_text()
     steps = {
-        f"step 1: add {name!r} to HUB in xai_helpers/checkpoints.py": name in HUB,
+        f"step 1: add {name!r} to CHECKPOINTS in xai_helpers/checkpoints.py": name in CHECKPOINTS,
         f"step 1: add a Recipe {name!r} to recipes() in training/classifier.py": name in recipes(),
         f"step 1: run python -m training.classifier {name}": all((folder / file).is_file() for file in FILES),
         f"step 2: add {name!r} to RECIPES in xai_helpers/recipes.py": name in RECIPES,
@@ -35,8 +35,9 @@ def missing_steps(name):
 
 
 CHAPTERS = (ROOT / "notebooks" / "recipes").glob("*.ipynb")
-THERE = {folder.name for folder in BUNDLED.iterdir()} - {*CLIPS, *FINDERS}
-ALL = {*HUB, *recipes(), *RECIPES, *THERE, *(page.stem for page in CHAPTERS)} - set(FAULTY)
+THERE = {folder.name for folder in BUNDLED.iterdir()} - {*names_of("prompts", "detection", "segmentation")}
+ALL = {*names_of("classification"), *recipes(), *RECIPES, *THERE, *(page.stem for page in CHAPTERS)}
+ALL -= set(names_of(faulty=True))
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -48,7 +49,7 @@ def test_each_missing_step_is_named():
     found = missing_steps("poolformer")
     assert [step.split(":")[0] for step in found] == ["step 1"] * 3 + ["step 2"] * 2 + ["step 3"] * 2
     for part in (
-        "HUB",
+        "CHECKPOINTS",
         "training/classifier.py",
         "python -m training.classifier poolformer",
         "RECIPES",

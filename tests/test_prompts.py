@@ -12,7 +12,7 @@ from training.clip import processor as new_processor
 from training.clip import tokenizer
 from xai_helpers.attention import relevance
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import BUNDLED, CLIPS, examples, load
+from xai_helpers.checkpoints import BUNDLED, examples, load, names_of
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.scenes import labels, make_scene, with_article
 from xai_helpers.scoring import score_table
@@ -182,7 +182,7 @@ def naming(name):
     return PromptClassifier(clip, processor, {c: f"a photo of {with_article(c)}." for c in labels()}), processor
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", names_of("prompts"))
 def test_bundled_clips_find_what_their_cards_say(name):
     model, processor = naming(name)
     right = {}
@@ -206,7 +206,7 @@ def test_relevance_points_at_what_the_prompt_names(name, bar):
     assert scores.loc[["centre dot", "random map"], "pointing"].max() < 0.3
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", names_of("prompts"))
 def test_a_bundled_clip_is_small_and_has_a_card(name):
     files = {path.name: path.stat().st_size for path in (BUNDLED / name).iterdir()}
     assert {"README.md", "config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, SegformerConfig, Segfo
 
 from training.classifier import recipes
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import HUB, examples, load
+from xai_helpers.checkpoints import examples, load, names_of
 from xai_helpers.concepts import factorize
 from xai_helpers.layers import find_target_layers
 from xai_helpers.recipes import RECIPES
@@ -97,7 +97,7 @@ def check_maps(maps, size):
 
 
 def test_every_described_family_has_a_checkpoint():
-    assert set(RECIPES) == set(HUB) == set(PUBLISHED)
+    assert set(RECIPES) == set(names_of("classification")) == set(PUBLISHED)
 
 
 @each_family

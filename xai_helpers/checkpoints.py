@@ -18,42 +18,59 @@ from xai_helpers.wrappers import device_of, matching_categories
 
 BUNDLED = Path(__file__).parent / "bundled"
 
-#: name -> the published checkpoint of the same family
-HUB = {
-    "resnet": "microsoft/resnet-50",
-    "vit": "google/vit-large-patch32-384",
-    "convnext": "facebook/convnext-tiny-224",
-    "regnet": "facebook/regnet-y-040",
-    "mobilevit": "apple/mobilevit-small",
-    "swin": "microsoft/swin-large-patch4-window12-384-in22k",
-    "segformer": "nvidia/mit-b0",
-    "cvt": "microsoft/cvt-13",
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Something that `load` can load.
+
+    Attributes:
+        hub: the published checkpoint of the same family; None if nobody published one.
+        task: "classification", "prompts" (a CLIP, which `PromptClassifier` makes a classifier of), "detection" or
+            "segmentation".
+        model_class: the class of transformers that loads it; None for torchvision's Faster R-CNN.
+        trained_by: the module of `training` that made the bundled one.
+        fault_of: the family of a model with a fault that is to be found; "" for a model without.
+    """
+
+    hub: str | None
+    task: str = "classification"
+    model_class: str | None = "AutoModelForImageClassification"
+    trained_by: str = "classifier"
+    fault_of: str = ""
+
+
+#: name -> what `load` can load
+CHECKPOINTS = {
+    "resnet": Checkpoint("microsoft/resnet-50"),
+    "vit": Checkpoint("google/vit-large-patch32-384"),
+    "convnext": Checkpoint("facebook/convnext-tiny-224"),
+    "regnet": Checkpoint("facebook/regnet-y-040"),
+    "mobilevit": Checkpoint("apple/mobilevit-small"),
+    "swin": Checkpoint("microsoft/swin-large-patch4-window12-384-in22k"),
+    "segformer": Checkpoint("nvidia/mit-b0"),
+    "cvt": Checkpoint("microsoft/cvt-13"),
+    "clip-base": Checkpoint("openai/clip-vit-base-patch32", "prompts", "AutoModel", "clip"),
+    "clip-large": Checkpoint("openai/clip-vit-large-patch14", "prompts", "AutoModel", "clip"),
+    "yolos": Checkpoint("hustvl/yolos-tiny", "detection", "AutoModelForObjectDetection", "detector"),
+    "faster-rcnn": Checkpoint("fasterrcnn_resnet50_fpn", "detection", None, "detector"),
+    "segmenter": Checkpoint(
+        "nvidia/segformer-b0-finetuned-ade-512-512", "segmentation", "AutoModelForSemanticSegmentation", "segmenter"
+    ),
+    "resnet-shortcut": Checkpoint(None, fault_of="resnet"),
+    "mobilevit-default": Checkpoint(None, fault_of="mobilevit"),
 }
 
-#: The same for the CLIPs, which `PromptClassifier` makes classifiers of.
-CLIPS = {
-    "clip-base": "openai/clip-vit-base-patch32",
-    "clip-large": "openai/clip-vit-large-patch14",
-}
 
-#: The same for models that find objects, by a box or by their pixels. torchvision has its own Faster R-CNN.
-FINDERS = {
-    "yolos": "hustvl/yolos-tiny",
-    "faster-rcnn": "fasterrcnn_resnet50_fpn",
-    "segmenter": "nvidia/segformer-b0-finetuned-ade-512-512",
-}
+def names_of(*tasks: str, faulty: bool = False) -> list[str]:
+    """The names in `CHECKPOINTS` of some tasks, or of all: those of models without a fault, or with one.
 
-#: Models with a fault that is to be found, which nobody published -> their family.
-FAULTY = {"resnet-shortcut": "resnet", "mobilevit-default": "mobilevit"}
+    Example:
+        >>> names_of("prompts"), names_of(faulty=True)
+        (['clip-base', 'clip-large'], ['resnet-shortcut', 'mobilevit-default'])
+    """
+    return [
+        name for name, one in CHECKPOINTS.items() if bool(one.fault_of) == faulty and (not tasks or one.task in tasks)
+    ]
 
-#: name -> the class of transformers that loads it, and the module of `training` that made it. The others are
-#: classifiers. The Faster R-CNN is none of transformers'.
-KINDS = {
-    **dict.fromkeys(CLIPS, ("AutoModel", "clip")),
-    "yolos": ("AutoModelForObjectDetection", "detector"),
-    "faster-rcnn": (None, "detector"),
-    "segmenter": ("AutoModelForSemanticSegmentation", "segmenter"),
-}
 
 #: Category of the scenes -> its name among ImageNet's 1000. They have no coin, astronaut or pagoda. The label set of
 #: ImageNet-22k writes underscores for blanks, and `category_index` finds these names in it all the same.
@@ -93,20 +110,20 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
     """Load a model, in eval mode, and its processor.
 
     Args:
-        name: a family of `HUB`, such as "resnet" or "vit", or one of `CLIPS`, `FINDERS` or `FAULTY`.
+        name: a key of `CHECKPOINTS`, such as "resnet" or "vit".
         weights: "bundled", "hub", or a folder or hub id of your own. None: the environment's XAI_WEIGHTS, else
             "bundled".
         device: where the model goes, as in `torch.device`. None: the environment's XAI_DEVICE, else the accelerator, if
             there is one, else the CPU.
 
     Returns:
-        (model, processor): a transformers model for image classification in float32, and its image processor; for one
-        of `CLIPS` a CLIPModel, and a processor of pictures and texts; for one of `FINDERS` a model for object detection
-        or semantic segmentation. "faster-rcnn" is torchvision's, with a `config.id2label` beside.
+        (model, processor): a transformers model for image classification in float32, and its image processor; for a
+        CLIP a CLIPModel, and a processor of pictures and texts; else a model for object detection or semantic
+        segmentation. "faster-rcnn" is torchvision's, with a `config.id2label` beside.
 
     Raises:
-        ValueError: an unknown name, published weights of one of `FAULTY`, or a folder whose weights lack a part of the
-            model, such as its head.
+        ValueError: an unknown name, published weights of a model with a fault, or a folder whose weights lack a part of
+            the model, such as its head.
         OSError: the checkpoint is not there and cannot be fetched.
 
     Example:
@@ -116,22 +133,20 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
     """
     import transformers  # late, as its classes: they take a second
 
-    published = {**HUB, **CLIPS, **FINDERS, **dict.fromkeys(FAULTY)}
-    if name not in published:
-        raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(published)}.")
-    model_class, trained_by = KINDS.get(name, ("AutoModelForImageClassification", "classifier"))
-    weights = chosen_weights(weights)
-    source = {"bundled": BUNDLED / name, "hub": published[name]}.get(str(weights), weights)
+    if name not in CHECKPOINTS:
+        raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(CHECKPOINTS)}.")
+    known, weights = CHECKPOINTS[name], chosen_weights(weights)
+    source = {"bundled": BUNDLED / name, "hub": known.hub}.get(str(weights), weights)
     if source is None:
         raise ValueError(f"{name!r} has a fault that is to be found; it is bundled only: load({name!r}, 'bundled').")
     if weights == "bundled" and not Path(source).is_dir():
-        elsewhere = f'; or use the published one: load({name!r}, weights="hub")' if published[name] else ""
+        elsewhere = f'; or use the published one: load({name!r}, weights="hub")' if known.hub else ""
         raise OSError(
             f"The checkpoint {name!r} is not bundled yet. In a clone of the project, train it: python -m "
-            f"training.{trained_by} {name}{elsewhere}."
+            f"training.{known.trained_by} {name}{elsewhere}."
         )
     try:
-        if model_class is None:
+        if known.model_class is None:
             from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
 
             if weights == "hub":
@@ -141,9 +156,9 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
                 with contextlib.redirect_stdout(None):  # it prints where it reads from
                     model = SceneFasterRCNN.from_pretrained(source)
         else:
-            processor_class = transformers.AutoProcessor if name in CLIPS else transformers.AutoImageProcessor
+            processor_class = transformers.AutoProcessor if known.task == "prompts" else transformers.AutoImageProcessor
             processor = processor_class.from_pretrained(source)
-            model, found = getattr(transformers, model_class).from_pretrained(
+            model, found = getattr(transformers, known.model_class).from_pretrained(
                 source,
                 dtype=torch.float32,
                 use_safetensors=True if weights == "bundled" else None,

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import gaussian_blur
 
 from xai_helpers.attribution import attribute, occlude, rise
-from xai_helpers.checkpoints import FAULTY, HUB, as_example, load, scene_categories
+from xai_helpers.checkpoints import CHECKPOINTS, as_example, load, scene_categories
 from xai_helpers.layers import TargetLayer, find_target_layers
 from xai_helpers.leaderboard import CAMS, PIXELS, methods_for
 from xai_helpers.pictures import read_picture
@@ -366,8 +366,9 @@ def _models(model, processor):
     if model is None and processor is None:
         return {name: functools.partial(load, name) for name in MODELS}
     if isinstance(model, str) and processor is None:
-        if model not in (*HUB, *FAULTY):
-            raise ValueError(f"There is no classifier {model!r}. There are: {', '.join((*HUB, *FAULTY))}.")
+        classifiers = [name for name, one in CHECKPOINTS.items() if one.task == "classification"]
+        if model not in classifiers:
+            raise ValueError(f"There is no classifier {model!r}. There are: {', '.join(classifiers)}.")
         return {model: functools.partial(load, model)}
     if not isinstance(model, torch.nn.Module) or processor is None:
         raise ValueError(

@@ -20,7 +20,7 @@ from transformers import ResNetConfig
 from xai_helpers.attention import relevance, rollout
 from xai_helpers.attribution import attribute, occlude, rise
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import CLIPS, FAULTY, HUB, examples, load
+from xai_helpers.checkpoints import CHECKPOINTS, examples, load, names_of
 from xai_helpers.layers import TargetLayer, find_target_layers
 from xai_helpers.recipes import RECIPES
 from xai_helpers.scenes import labels, with_article
@@ -40,7 +40,7 @@ from xai_helpers.scoring import (
 from xai_helpers.wrappers import LogitsModel, PromptClassifier, category_index, category_targets, frozen, input_for
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
-MODELS = [*HUB, *CLIPS]
+MODELS = names_of("classification", "prompts")
 WHERE_HIDING_MATTERS = "pointing where hiding matters"
 #: The higher, the better, against the known answer.
 ON_ANSWERS = ["pointing", WHERE_HIDING_MATTERS, "energy", "average precision"]
@@ -79,21 +79,26 @@ BASELINES = ["random map", "centre dot", "edges", "RandomCAM"]
 
 
 def classifier(name: str, device: torch.device | str | None = None) -> tuple[Any, Any]:
-    """One of `MODELS` or of the `checkpoints.FAULTY`, bundled, with its processor.
+    """One of `MODELS`, or one with a fault, bundled, with its processor.
 
     A CLIP becomes a `PromptClassifier` with a prompt for each category of the scenes. Its scores are contrasts: the
     similarity to a prompt less the mean over all of them.
     """
     model, processor = load(name, "bundled", device)
-    if name in CLIPS:
+    if CHECKPOINTS[name].task == "prompts":
         prompts = {label: f"a photo of {with_article(label)}" for label in labels()}
         model = PromptClassifier(model, processor, prompts, scores="contrast")
     return model, processor
 
 
+def _family(name):
+    """The family to which a model with a fault belongs; else its own name."""
+    return CHECKPOINTS[name].fault_of or name
+
+
 def layers_to_try(name: str, model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
     """Layers worth a sweep: those of the family's recipe; else the last five that `find_target_layers` finds usable."""
-    if recipe := RECIPES.get(FAULTY.get(name, name)):
+    if recipe := RECIPES.get(_family(name)):
         return recipe.sweep(model, pixel_values)
     usable = [c for c in find_target_layers(model, pixel_values).candidates if c.target and c.share_with_gradient > 0]
     return {candidate.path: candidate.target for candidate in reversed(usable[-5:]) if candidate.target}
@@ -119,7 +124,7 @@ def best_layers(model: Any, layers: Mapping[str, TargetLayer], validation: Seque
 def layers_on_board(name: str, model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
     """At which layer each CAM was made for the full table: CAM -> `TargetLayer`."""
     table, layers = results(), layers_to_try(name, model, pixel_values)
-    made = table[(table["model"] == FAULTY.get(name, name)) & table["layer"].notna()].groupby("method")["layer"].first()
+    made = table[(table["model"] == _family(name)) & table["layer"].notna()].groupby("method")["layer"].first()
     return {cam: layers[path] for cam, path in made.items() if cam in CAMS}
 
 
@@ -132,13 +137,13 @@ def methods_for(
     """All methods that can explain a model: name -> function (pixel_values, categories) -> maps.
 
     Args:
-        name, model: one of `MODELS` or of the `checkpoints.FAULTY`, as `classifier` gives it.
+        name, model: one of `MODELS`, or one with a fault, as `classifier` gives it.
         pixel_values: a picture, whose size the others have, too.
         layer: where the CAMs are made, all of them or each of the `CAMS` by its name. None: at the layer of the
             family's recipe. With a layer, the name is not used.
     """
     if layer is None:
-        layer = RECIPES[FAULTY.get(str(name), str(name))].cam(model, pixel_values)
+        layer = RECIPES[_family(name)].cam(model, pixel_values)
     layers = layer if isinstance(layer, Mapping) else dict.fromkeys(CAMS, layer)
     methods: dict[str, Callable] = {"balanced gradients": functools.partial(explain, model)}
     for key, cam in CAMS.items():
