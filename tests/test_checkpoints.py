@@ -37,6 +37,7 @@ from xai_helpers.checkpoints import (
     load,
     names_of,
     scene_categories,
+    scores_of,
 )
 from xai_helpers.leaderboard import effects_of_hiding
 from xai_helpers.recipes import RECIPES
@@ -409,6 +410,16 @@ def test_maps_of_bundled_models_point_at_the_objects(bundled):
         assert table.loc[which, "pointing"] >= max(least, 2 * known_nothing["pointing"])
         assert table.loc[which, "energy"] > known_nothing["energy"] + 0.1
         assert table.loc[which, "on the other"] < most
+
+
+def test_scores_of_scenes_are_the_models_logits():
+    model, processor = load("resnet", weights="bundled")
+    scenes = [make_scene(seed, 1, 128) for seed in range(3)]
+    found = scores_of(model, processor, scenes)
+    assert found.shape == (3, len(labels())) and found.device.type == "cpu" and not found.requires_grad
+    for scene, row in zip(scenes, found, strict=True):
+        wanted = model(**processor(scene.image, return_tensors="pt")).logits[0]
+        torch.testing.assert_close(row, wanted.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_weights_without_a_head_are_refused(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,18 @@ def as_example(scene: Scene, model: Any, processor: Any) -> Example:
     seen = as_seen(scene, processor)
     pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(device_of(model))
     return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
+
+
+def scores_of(model: Any, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:
+    """What a classifier says of several scenes: float tensor (n_scenes, n_categories), on the CPU.
+
+    Args:
+        model, processor: as `load` gives them.
+        scenes: `Scene` objects.
+    """
+    inputs = processor(images=[scene.image for scene in scenes], return_tensors="pt").to(device_of(model))
+    with torch.no_grad():
+        return model(**inputs).logits.float().cpu()
 
 
 def _unreachable(what, bundled):
