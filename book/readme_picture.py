@@ -15,5 +15,5 @@ matplotlib.rc_file(BOOK / "matplotlibrc")
 model, processor = load("resnet", "bundled")
 scene = as_seen(example_scene("bundled"), processor)
 pixel_values = processor(scene.image, return_tensors="pt")["pixel_values"]
-maps = explain(model, pixel_values, scene.categories, model.resnet.encoder.stages[-1])
+maps = explain(model, pixel_values, scene.categories)
 show_maps(scene.image, maps, scene.categories, answers=scene.masks).savefig(BOOK / "_static" / "first_maps.png")
