@@ -258,15 +258,16 @@ def test_twenty_scenes_give_what_the_board_says(name):
 
 
 @pytest.mark.parametrize("name", ["vit", "regnet"])
-def test_ten_scenes_give_the_faithfulness_that_the_board_says(name):
+def test_faithfulness_is_what_the_board_says(name):
+    """Of the same scenes: what is random in it is seeded."""
     model, processor = classifier(name)
-    made = examples(model, processor, 10)
+    made = examples(model, processor, 20)
     methods = methods_for(name, model, made[0].pixel_values, layers_on_board(name, model, made[0].pixel_values))
-    methods = {key: methods[key] for key in ("balanced gradients", "Grad-CAM", "gradient")}
-    found = summarise(measure(model, methods, made, n_faithful=10)).set_index(["method", "score"])
+    methods = {key: methods[key] for key in ("balanced gradients", "Grad-CAM")}
+    found = summarise(measure(model, methods, made, n_faithful=20)).set_index(["method", "score"])
     for key in methods:
         for score in ("ROAD", "deletion"):
-            assert is_within(on_board(name, key, score), found.loc[(key, score)]), (key, score)
+            assert found.loc[(key, score), "mean"] == pytest.approx(on_board(name, key, score), abs=0.01)
 
 
 def on_board(name, method, score):
