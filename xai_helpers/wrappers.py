@@ -323,7 +323,7 @@ def top_categories(model: torch.nn.Module, pixel_values: torch.Tensor, k: int = 
         >>> model, processor = load("resnet", weights="bundled")
         >>> inputs = processor(example_scene("bundled").image, return_tensors="pt").to(model.device)
         >>> top_categories(model, inputs["pixel_values"], k=2).index.tolist()
-        ['cat', 'coffee cup']
+        ['coffee cup', 'cat']
     """
     import pandas as pd
 
