@@ -42,7 +42,7 @@ PICTURES = [
 METHODS = {
     "Grad-CAM": None,
     "HiResCAM": None,
-    "Eigen-CAM": 1,
+    "Eigen-CAM": 2,
     "gradient": None,
     "SmoothGrad": 2,
     "integrated gradients": None,
