@@ -1,9 +1,10 @@
 """Which layer points best: `python -m benchmarks.best_layers`, the sweep behind `RECIPES`.
 
-Each of a recipe's layers, by Grad-CAM and by HiResCAM, on validation scenes with two objects. The choice is that with
-the highest sum of pointing and energy; the recipe's own is marked, and so is what is published elsewhere. Then Deep
-Feature Factorization: how often the concept that rules an object is named right by the recipe's layer and head, and by
-the classifier at the last layer.
+Each of a recipe's layers, by Grad-CAM and by HiResCAM, on validation scenes with two objects; layers that are published
+elsewhere by Grad-CAM alone, as they are published. The choice is that with the highest sum of pointing and energy, or a
+published one that the scenes can't tell from it ("from" at most 0). The recipe's own is marked, and the sources. Then
+Deep Feature Factorization: how often the concept that rules an object is named right by the recipe's layer and head,
+and by the classifier at the last layer.
 """
 
 import argparse

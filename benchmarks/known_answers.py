@@ -3,9 +3,10 @@
 Every method of `xai_helpers.leaderboard` on its models and on the same 100 test scenes with two objects. Each CAM is
 made at the layer that is best for it on 12 validation scenes, by the sum of pointing and energy. ROAD and deletion are
 measured in the first 20 scenes, for the first category. A squared Grad-CAM is there to show what sharpening does to a
-score. The table is written anew after each model; all of them take about an hour and a half on one core. Names of
-models after the command do only these, and keep the others' rows. Seconds are those of all maps of a scene on this
-machine; "x Grad-CAM" in the printed tables is their ratio to those of Grad-CAM on the same model and in the same run.
+score. The table is written anew after each model; all of them take about two hours on one core, the larger CLIP
+half an hour of it. Names of models after the command do only these, and keep the others' rows. Seconds are those of
+all maps of a scene on this machine; "x Grad-CAM" in the printed tables is their ratio to those of Grad-CAM on the same
+model and in the same run.
 """
 
 import argparse

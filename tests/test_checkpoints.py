@@ -236,6 +236,8 @@ def test_example_scene_is_one_that_the_models_know(bundled):
     np.testing.assert_array_equal(np.asarray(scene.image), np.asarray(again.image))
     np.testing.assert_array_equal(scene.masks, again.masks)
     assert len(scene.categories) == 2 and set(scene.categories) <= set(labels())
+    firsts = scores_of(model, processor, [scene])[0].topk(2).indices.tolist()
+    assert {labels()[i] for i in firsts} == set(scene.categories)
     assert scene.masks.shape == (2, scene.image.height, scene.image.width) and scene.masks.any(axis=(1, 2)).all()
     scores = model(**processor(scene.image, return_tensors="pt")).logits[0]
     assert {model.config.id2label[int(i)] for i in scores.topk(2).indices} == set(scene.categories)
