@@ -23,7 +23,7 @@ from xai_helpers.scoring import behind_best, score_maps
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=names_of("classification"))
+    parser.add_argument("names", nargs="*", default=names_of("classification", "imagenet"))
     parser.add_argument("--scenes", type=int, default=50)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", "the model cannot be forked")
@@ -59,7 +59,7 @@ def main():
         found = find_target_layers(model, first).dff
         right = named_right(model, scenes, layer, head)
         try:
-            bare = f"{named_right(model, scenes, found, model.classifier):.2f}"
+            bare = f"{named_right(model, scenes, found, getattr(model, 'classifier', head)):.2f}"
         except ValueError:
             bare = "-"
         print(f"{name:10}concepts named right: {right:.2f} by the recipe; {bare} by the classifier at {found.path}\n")

@@ -40,6 +40,7 @@ PICTURES = [
 ]
 #: Method -> how many of its settings, None: all; the page has no room for everything.
 METHODS = {
+    "balanced gradients": None,
     "Grad-CAM": None,
     "HiResCAM": None,
     "Eigen-CAM": 2,

@@ -1129,3 +1129,13 @@ EXCEPTIONS = {
     "perceiver": "its head reads an array of latents without positions; the last layer that has any is the norm of the "
     "input pixels, before the first attention",
 }
+
+# Why the finder has no answer, or another one, for the weights that a model is made with.
+UNTRAINED = {
+    "mobilevit": "its head starts at zero",
+    "mobilevitv2": "its head starts at zero",
+    "torchvision/vit_b_16": "its head starts at zero",
+    "levit": "its attention, which has learnt nothing, mixes the places up",
+    "levit (with teacher)": "its attention, which has learnt nothing, mixes the places up",
+    "shieldgemma2": "a language model that has learnt nothing does not read the picture",
+}

@@ -363,9 +363,16 @@ def test_further_categories_cost_masking_methods_no_further_pass(name, method):
         for n in (1, 2, 5)
     )
     channels = {"batchnorm": 8, "resnet": 16, "vit": 16}[name]
-    images = 1 if method is ScoreCAM else 2  # the image for its activations; AblationCAM: and for its scores
-    assert one == [1] * images + [channels]
+    # The image for its activations and scores; then masked images, or the image up to the layer, and rows behind it.
+    assert one == [1, channels if method is ScoreCAM else 1]
     assert two == five == one
+
+
+def test_ablated_activations_are_rows_behind_the_layer_alone():
+    model, layer, reshape_transform = tiny("vit")
+    call = functools.partial(explain, model, picture(), [0, 1, 2], layer, reshape_transform, method=AblationCAM)
+    assert count_passes(model.vit.layers[0], call) == [1, 1]
+    assert count_passes(model.vit.layers[2], call) == [3, 16]  # categories, channels
 
 
 @each_masking_method
@@ -418,21 +425,20 @@ def bars(monkeypatch):
             super().__init__(**options, mininterval=0)
             made.append(self)
 
-    monkeypatch.setattr("xai_helpers.cam.tqdm", Bar)
-    monkeypatch.setattr("xai_helpers.cam.BAR_AFTER", 0)
+    monkeypatch.setattr("xai_helpers.wrappers.tqdm", Bar)
+    monkeypatch.setattr("xai_helpers.wrappers.BAR_AFTER", 0)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     return made
 
 
 @pytest.mark.parametrize("method", [ScoreInThrees, AblationInThrees])
 @pytest.mark.parametrize(
-    ("places", "options", "passes"),
-    [([3], {}, 3), ([0, 3], {}, 2 + 3), ([3], {"aug_smooth": True}, 6 * 3)],
-)  # 8 channels in threes are three passes, 6 are two
-def test_one_progress_bar_counts_the_passes_that_run(bars, capsys, method, places, options, passes):
+    ("places", "options", "masks"), [([3], {}, [8]), ([0, 3], {}, [6, 8]), ([3], {"aug_smooth": True}, [8] * 6)]
+)
+def test_a_progress_bar_counts_the_masks_of_a_layer(bars, capsys, method, places, options, masks):
     model, _, _ = tiny("batchnorm")
     explain(model, picture(), [0, 1, 2], [model.body[place] for place in places], method=method, **options)
-    assert [(bar.n, bar.total) for bar in bars] == [(passes, passes)]
+    assert [(bar.n, bar.total) for bar in bars] == [(n, n) for n in masks]
     out, err = capsys.readouterr()
     shown = [state for state in err.split("\r") if state.strip()]
     assert len(shown) > 1 and all(state.startswith(f"{method.__name__}, masked passes: ") for state in shown)
@@ -443,7 +449,7 @@ def test_one_progress_bar_counts_the_passes_that_run(bars, capsys, method, place
 @pytest.mark.parametrize("reason", ["a quick call", "switched off"])
 def test_there_is_no_progress_bar_for(reason, bars, monkeypatch, capfd, method):
     if reason == "a quick call":
-        monkeypatch.setattr("xai_helpers.cam.BAR_AFTER", 3600)
+        monkeypatch.setattr("xai_helpers.wrappers.BAR_AFTER", 3600)
     else:
         monkeypatch.setenv("TQDM_DISABLE", "1")
     model, layer, _ = tiny("batchnorm")
@@ -452,20 +458,26 @@ def test_there_is_no_progress_bar_for(reason, bars, monkeypatch, capfd, method):
 
 
 @pytest.mark.parametrize("method", [ScoreInThrees, AblationInThrees])
-def test_the_progress_bar_goes_when_a_target_fails(bars, capsys, method):
+def test_the_progress_bar_goes_when_the_model_fails(bars, capsys, method):
     model, layer, _ = tiny("batchnorm")
-    asked = []
+    passes = []
 
-    def fails_in_the_second_masked_pass(scores):
-        asked.append(scores)
-        if len(asked) > 5:
+    def fails_in_the_second_masked_pass(module, inputs, output):
+        passes.append(1)
+        if len(passes) == 3:
             raise RuntimeError("midway")
-        return scores[0]
 
-    with pytest.raises(RuntimeError, match="midway"):
-        explain(model, picture(), fails_in_the_second_masked_pass, layer, method=method)
-    assert [(bar.n, bar.total) for bar in bars] == [(1, 3)]
+    with model.register_forward_hook(fails_in_the_second_masked_pass), pytest.raises(RuntimeError, match="midway"):
+        explain(model, picture(), 0, layer, method=method)
+    assert [(bar.n, bar.total) for bar in bars] == [(3, 8)]
     assert capsys.readouterr().err.split("\r")[-2].isspace()
+
+
+@each_masking_method
+def test_a_target_that_fails_does_so_before_the_masked_passes(method):
+    model, layer, _ = tiny("batchnorm")
+    passes = count_passes(model, lambda: pytest.raises(ValueError, explain, model, picture(), 7, layer, method=method))
+    assert passes == [1]
 
 
 def test_ablation_works_on_a_whole_transformer_block():

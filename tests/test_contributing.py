@@ -37,7 +37,7 @@ def missing_steps(name):
 CHAPTERS = (ROOT / "notebooks" / "recipes").glob("*.ipynb")
 THERE = {folder.name for folder in BUNDLED.iterdir()} - {*names_of("prompts", "detection", "segmentation")}
 ALL = {*names_of("classification"), *recipes(), *RECIPES, *THERE, *(page.stem for page in CHAPTERS)}
-ALL -= set(names_of(faulty=True))
+ALL -= {*names_of(faulty=True), *names_of("imagenet")}
 
 
 @pytest.mark.parametrize("name", sorted(ALL))

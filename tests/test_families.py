@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from families import EXCEPTIONS, FAMILIES, NORMALISED, build, image
+from families import EXCEPTIONS, FAMILIES, NORMALISED, UNTRAINED, build, image
 from transformers import PerceiverConfig, PerceiverForImageClassificationLearned
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
@@ -69,6 +69,33 @@ def test_the_finder_gives_the_expected_layers_and_they_can_be_explained(family, 
     assert not family.concept_head or concepts.scores.shape == (2, len(scores))
 
 
+@each_family
+def test_the_finder_gives_the_same_for_the_weights_that_a_model_is_made_with(family):
+    """In deep models these fade what comes from the picture to 1e-30 of a score; a few leave nothing of it."""
+    torch.manual_seed(0)
+    model = family.make().float().eval()
+    found = set()
+    try:
+        report = find_target_layers(model, image(family.size))
+        found = {layer_path(model, report.cam.module) in cam_paths(family), report.dff.path in family.dff}
+    except ValueError as error:
+        assert family.name in UNTRAINED, error
+    assert (found == {True}) == (family.name not in UNTRAINED)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("donut-swin", "donut.encoder.layers.1.blocks.1.layernorm_before"),
+        ("pvt", "pvt.encoder.block.1.1.layer_norm_1"),
+        ("hiera", "hiera.encoder.stages.1.layers.1.layernorm_before"),
+    ],
+)
+def test_where_blocks_return_tuples_their_norms_are_worth_a_sweep(name, norm):
+    family = next(family for family in FAMILIES if family.name == name)
+    assert norm in find_target_layers(built(name), image(family.size)).sweep
+
+
 def model_scores(model, pixel_values):
     with torch.no_grad():
         return LogitsModel(model)(pixel_values)[0]
@@ -110,6 +137,6 @@ def test_perceiver_is_an_exception_and_the_finder_says_so():
     report = find_target_layers(model, image((32, 32)))
     [chosen] = [candidate for candidate in report.candidates if candidate.target == report.cam]
     assert chosen.path == "perceiver.encoder.cross_attention.attention.self.layernorm2"  # of the input pixels
-    assert "of the model comes after it: do not expect much" in chosen.verdict
+    assert "% of the model comes after it" in chosen.verdict
     latents = [candidate for candidate in report.candidates if candidate.path.startswith("perceiver.decoder")]
     assert latents and all("positions are no places" in candidate.verdict for candidate in latents)

@@ -11,7 +11,7 @@ import torch
 
 from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.layers import NO_GRADIENT
-from xai_helpers.wrappers import LogitsModel, category_targets, check_count, frozen, input_for
+from xai_helpers.wrappers import LogitsModel, category_targets, check_count, frozen, input_for, masked_scores
 
 
 class _Score(torch.nn.Module):
@@ -218,7 +218,7 @@ def rise(
     masks = torch.from_numpy(_random_masks(n_masks, cells, pixel_values.shape[2:], seed)).to(pixel_values)
     scorer = _Score(model, category_targets(model, categories))
     with frozen(scorer), torch.no_grad():
-        scores = torch.cat([scorer(pixel_values * some[:, None]) for some in masks.split(batch)])
+        scores = masked_scores(lambda part: scorer(pixel_values * masks[part, None]), n_masks, batch, "RISE")
         maps = torch.einsum("mc,mhw->chw", scores - scores.mean(dim=0), masks)
     return _scaled(maps.clamp(min=0).cpu().numpy())
 

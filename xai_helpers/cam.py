@@ -3,9 +3,6 @@
 import contextlib
 import inspect
 import math
-import os
-import time
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
-from xai_helpers.reshape import ADVICE, layer_to_map
+from xai_helpers.reshape import ADVICE, batch_axis, layer_to_map
 from xai_helpers.wrappers import (
     LogitsModel,
     category_targets,
@@ -26,10 +22,10 @@ from xai_helpers.wrappers import (
     frozen,
     input_for,
     layer_path,
+    masked_scores,
 )
 
 CALL_OPTIONS = ("aug_smooth", "eigen_smooth")
-BAR_AFTER = 1  # seconds
 
 
 def explain(
@@ -56,7 +52,9 @@ def explain(
     only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
     for the repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it
     on a CPU, `explain` does. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
-    from the same scores. The model is explained in eval mode and left as it was.
+    from the same scores. AblationCAM does to a channel what grad-cam does, which is not what its paper says: it sets it
+    to 0 only where 0 is the least value of the layer, as behind a ReLU, and else to that value minus ten million. The
+    model is explained in eval mode and left as it was.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
@@ -97,6 +95,7 @@ def explain(
         return _without_layer(model, pixel_values, categories, reshape_transform, method, **options)
     # grad-cam brings scikit-learn along, which takes a while to import: late, here and below.
     from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
+    from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
     from pytorch_grad_cam.base_cam import BaseCAM
 
     method = GradCAM if method is None else method
@@ -117,7 +116,9 @@ def explain(
             "(for FinerCAM, give its FinerWeightedTarget as a category)"
         )
     if issubclass(method, AblationCAM):
-        options.setdefault("ablation_layer", _ablation_layer(reshape_transform))
+        options.setdefault("ablation_layer", AblationLayer() if reshape_transform is None else AblationLayerVit())
+    if getattr(method, "get_cam_weights", None) in (ScoreCAM.get_cam_weights, AblationCAM.get_cam_weights):
+        method = _masking_cam(method)
     call_options = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
     try:
         inspect.signature(method).bind(fork, layers, reshape_transform, **options)
@@ -137,10 +138,9 @@ def explain(
             stack.enter_context(layer.register_forward_hook(_copy))
         if full_grad:
             _pair_biases(cam, fork, pixel_values)
-        run = _masked_maps if issubclass(method, (ScoreCAM, AblationCAM)) else _forked_maps
         if not cam.detach:
             stack.enter_context(eager_attention(fork))  # ShapleyCAM differentiates twice
-        maps = run(cam, fork, pixel_values, targets, call_options)
+        maps = _forked_maps(cam, fork, pixel_values, targets, call_options)
     return np.asarray(maps, np.float32)
 
 
@@ -208,15 +208,67 @@ def _smoothed(maps):
     return maps
 
 
-def _ablation_layer(reshape_transform):
-    """What grad-cam's AblationCAM puts in the place of the target layer: one for maps, or one for tokens."""
-    from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
+def _masking_cam(method):
+    """A ScoreCAM or AblationCAM whose masked passes serve all categories: grad-cam has one row of passes for each.
 
-    class TokenAblation(AblationLayerVit):
-        def __call__(self, tokens, *args, **kwargs):  # some layers are called with more than the tokens
-            return super().__call__(tokens)
+    It takes a `_Fork` for a model, and all rows of its input are the same image.
+    """
+    from pytorch_grad_cam import ScoreCAM
 
-    return AblationLayer() if reshape_transform is None else TokenAblation()
+    class Shared(method):
+        def compute_cam_per_layer(self, *args):
+            self.target_layers.sort(key=list(self.model.outputs).index)  # grad-cam has the activations as they run
+            return super().compute_cam_per_layer(*args)
+
+        def scores(self, targets, scores_of, n, batch):
+            """Each target's score of the image, (targets,), and of n masked ones, (targets, n)."""
+
+            def run(part):
+                scores = scores_of(part)
+                self.activations_and_grads.activations.clear()  # of masked pictures, which nobody reads
+                return scores
+
+            whole = torch.stack([target(self.model.scores[0]) for target in targets])  # a bad target fails at once
+            scores = masked_scores(run, n, batch, f"{method.__name__}, masked passes")
+            return whole, torch.stack([torch.stack([target(row) for row in scores]) for target in targets])
+
+    class Score(Shared):
+        def get_cam_weights(self, images, layer, targets, activations, grads):
+            maps = torch.from_numpy(activations[:1]).to(images.device)
+            masks = F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=True)[0]
+            lows, highs = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
+            masks = (masks - lows) / (highs - lows + 1e-8)
+            batch = getattr(self, "batch_size", 16)
+            _, scores = self.scores(
+                targets, lambda part: self.model(images[:1] * masks[part, None]), len(masks), batch
+            )
+            return scores.softmax(dim=1).numpy(force=True)
+
+    class Ablation(Shared):
+        def get_cam_weights(self, images, layer, targets, activations, grads):
+            fork, ablation = self.model, self.ablation_layer
+            output, axis = fork.outputs[layer], fork.axes[layer]
+            channels = ablation.activations_to_be_ablated(activations[0], self.ratio_channels_to_ablate)
+
+            def ablated(part):
+                ablation.indices = channels[part]
+                ablation.set_next_batch(0, output.movedim(axis, 0), len(ablation.indices))
+                put_in = ablation(None).movedim(0, axis)
+                rows = images[:1] if fork.copies > 1 else images[:1].repeat(len(ablation.indices), 1, 1, 1)
+                with layer.register_forward_hook(lambda *_: put_in):
+                    return fork(rows)
+
+            whole, without = self.scores(targets, ablated, len(channels), self.batch_size)
+            whole = whole.numpy(force=True)
+            without = [
+                self.assemble_ablation_scores(scores, score, channels, activations.shape[1])  # of those left out, too
+                for scores, score in zip(without.numpy(force=True), whole, strict=True)
+            ]
+            return (whole[:, None] - np.float32(without)) / whole[:, None]
+
+    made = Score if issubclass(method, ScoreCAM) else Ablation
+    made.__name__ = method.__name__
+    return made
 
 
 def _copy(layer, inputs, output):
@@ -232,9 +284,10 @@ class _Fork(LogitsModel):
         self.paths = {layer: layer_path(model, layer) for layer in layers}
         self.reshape_transform = reshape_transform
 
-    def start(self, copies, rows):
-        """Forgets the layers seen so far; from here on, `rows` rows of scores are wanted (None: any number)."""
-        self.copies, self.rows = copies, rows
+    def start(self, copies):
+        """Forgets what was seen so far."""
+        self.copies = copies
+        self.outputs, self.axes, self.scores = {}, {}, None  # layer -> its output, and the axis of its pictures
         self.has_gradient = {}  # layer -> bool (rows,), from the backward pass
 
     @contextlib.contextmanager
@@ -245,12 +298,15 @@ class _Fork(LogitsModel):
             yield
 
     def at_target_layer(self, layer, inputs, output):
-        layer_to_map(output, self.reshape_transform, self.paths[layer])
-        self.has_gradient.setdefault(layer, torch.tensor(False, device="cpu"))
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # of masked pictures
             return None
+        layer_to_map(output, self.reshape_transform, self.paths[layer])
+        axis = batch_axis(output, self.reshape_transform)
+        self.outputs[layer], self.axes[layer] = output.detach(), axis
+        self.has_gradient[layer] = torch.tensor(False, device="cpu")
         if not output.requires_grad:
-            output = output.detach().requires_grad_().repeat(self.copies, *[1] * (output.ndim - 1))
+            copies = [self.copies if i == axis else 1 for i in range(output.ndim)]
+            output = output.detach().requires_grad_().repeat(copies)
 
         def at_gradient(gradient):
             maps = layer_to_map(gradient, self.reshape_transform, self.paths[layer])
@@ -261,13 +317,17 @@ class _Fork(LogitsModel):
 
     def forward(self, pixel_values):
         scores = super().forward(pixel_values)
+        if not torch.is_grad_enabled():
+            return scores
         for layer, path in self.paths.items():
-            if layer not in self.has_gradient:
+            if layer not in self.outputs:
                 raise ValueError(f"target layer {path} is not reached in the forward pass; {ADVICE}")
-        if self.rows is not None and len(scores) != self.rows:
-            raise RuntimeError(f"{len(scores)} rows of scores for {self.rows} rows of activations")
-        if torch.is_grad_enabled() and not scores.requires_grad:
+        rows = len(pixel_values) * self.copies
+        if len(scores) != rows:
+            raise RuntimeError(f"{len(scores)} rows of scores for {rows} rows of activations")
+        if not scores.requires_grad:
             raise ValueError(f"the scores do not depend on target layer {', '.join(self.paths.values())}; {ADVICE}")
+        self.scores = scores.detach()
         return scores
 
     def check_gradients(self):
@@ -288,17 +348,17 @@ def _forked_maps(cam, fork, image, targets, call_options):
     targets = targets * 2 if n == 1 else targets  # one row: PyTorch's BatchNorm2d can return a wrong input gradient
     maps = fault = None
     if not cam.compute_input_gradient:
-        fork.start(copies=len(targets), rows=len(targets))
+        fork.start(copies=len(targets))
         try:
             maps = cam(image, targets, **call_options)
         except Exception as error:
-            if not fork.has_gradient:  # it failed before the fork
+            if not fork.outputs or fork.scores is not None:  # it failed before the fork, or behind the scores
                 raise
             fault = error
     else:  # ShapleyCAM differentiates the gradient once more, down to the parameters
         fork.requires_grad_(True)
     if maps is None:
-        fork.start(copies=1, rows=len(targets))
+        fork.start(copies=1)
         maps = cam(image.repeat(len(targets), 1, 1, 1), targets, **call_options)
         if fault is not None:
             message = f"the model cannot be forked at its target layer, so the image was repeated ({fault})"
@@ -306,36 +366,6 @@ def _forked_maps(cam, fork, image, targets, call_options):
     if cam.uses_gradients:
         fork.check_gradients()
     return maps[:n]
-
-
-def _masked_maps(cam, fork, image, targets, call_options):
-    """Runs ScoreCAM or AblationCAM one category at a time; the passes of the first category serve all of them."""
-    parents = [
-        (parent, name, child)
-        for parent in fork.modules()
-        for name, child in parent.named_children()
-        if child in fork.paths
-    ]
-    hooks = {layer: set(layer._forward_hooks) for layer in fork.paths}
-    fork.start(copies=1, rows=None)
-    passes = _SharedPasses(fork, cam.activations_and_grads, cam.target_layers)
-    cam.model = cam.activations_and_grads.model = passes
-    # AblationCAM's hook comes after `_copy`, so what it keeps is to be a copy as well.
-    cam.save_activation = lambda layer, inputs, output: setattr(cam, "activations", output.clone())
-    loops = len(cam.target_layers) * (len(cam.tta_transforms) if call_options.get("aug_smooth") else 1)
-    maps = []
-    try:
-        with torch.no_grad(), contextlib.closing(_OneBar(cam, loops)):
-            for target in targets:
-                passes.position = 0
-                maps.extend(cam(image, [target], **call_options))
-    finally:  # AblationCAM leaves its layer or its hook in the model when it fails
-        for parent, name, child in parents:
-            setattr(parent, name, child)
-        for layer, known in hooks.items():
-            for key in set(layer._forward_hooks) - known:
-                del layer._forward_hooks[key]
-    return maps
 
 
 def _pair_biases(cam, fork, image):
@@ -352,7 +382,7 @@ def _pair_biases(cam, fork, image):
         elif getattr(output, "ndim", 3) > 2:  # what is no tensor is taken for positions
             left_out.append(type(layer).__name__)
 
-    fork.start(copies=1, rows=None)
+    fork.start(copies=1)
     with contextlib.ExitStack() as stack, torch.no_grad():
         for layer in fork.modules():
             if isinstance(getattr(layer, "bias", None), torch.Tensor):
@@ -366,77 +396,3 @@ def _pair_biases(cam, fork, image):
         )
     biases = dict(zip(cam.target_layers, cam.bias_data, strict=True))
     cam.bias_data = [biases[layer] for layer in ran]
-
-
-class _SharedPasses(torch.nn.Module):
-    """Gives the scores of earlier passes again when they are asked for in the same order from position 0.
-
-    `record` is where grad-cam collects activations. It is empty when grad-cam asks for those of the image itself: they
-    are given again too. Those of masked images, which grad-cam collects and never reads, are dropped. `layers` are
-    grad-cam's target layers: it takes them to be in the order of the activations, in which they run, so they are put
-    into it.
-    """
-
-    def __init__(self, model, record, layers):
-        super().__init__()
-        self.model = model
-        self.record = record
-        self.layers = layers
-        self.passes = []
-        self.position = 0
-
-    def forward(self, pixel_values):
-        collected = len(self.record.activations)
-        if self.position == len(self.passes):
-            scores = self.model(pixel_values)
-            self.layers.sort(key=list(self.model.has_gradient).index)
-            self.passes.append((scores, [] if collected else list(self.record.activations)))
-            del self.record.activations[collected:]
-        scores, activations = self.passes[self.position]
-        self.record.activations.extend(activations)
-        self.position += 1
-        return scores
-
-
-class _OneBar:
-    """One progress bar for the passes that run, in the place of those that grad-cam shows for each category and layer.
-
-    It is made once they have taken BAR_AFTER seconds, and goes when they are done. Where nobody watches, as when a book
-    is built, tqdm's own switch keeps the page clean: TQDM_DISABLE=1.
-
-    Args:
-        cam: the ScoreCAM or AblationCAM. Its method that looks up `tqdm.tqdm` gets globals of its own, in which
-            `tqdm` is this object.
-        loops: how many loops over masked passes a category takes. Only those of the first category run anything.
-    """
-
-    def __init__(self, cam, loops):
-        method = cam.get_cam_weights.__func__
-        around = {**method.__globals__, "tqdm": self}
-        quiet = types.FunctionType(method.__code__, around, method.__name__, method.__defaults__, method.__closure__)
-        cam.get_cam_weights = types.MethodType(quiet, cam)
-        self.name = f"{type(cam).__name__}, masked passes"
-        self.loops = loops
-        self.passes = 0
-        self.start = time.monotonic()
-        self.bar = None
-
-    def tqdm(self, steps):
-        if self.loops == 0:  # a further category
-            yield from steps
-            return
-        total = self.passes + self.loops * len(steps)  # if the layers to come have as many channels as this one
-        self.loops -= 1
-        for step in steps:
-            yield step
-            self.passes += 1
-            if self.bar is None and time.monotonic() - self.start >= BAR_AFTER:
-                disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
-                self.bar = tqdm(desc=self.name, total=total, leave=False, disable=disable)
-            if self.bar is not None:
-                self.bar.total = total
-                self.bar.update(self.passes - self.bar.n)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()

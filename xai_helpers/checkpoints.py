@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from xai_helpers.imagenet import RIGHT, efficientnet_lite
 from xai_helpers.pictures import read_picture
-from xai_helpers.scenes import Scene, as_seen, labels, make_scene
+from xai_helpers.scenes import PHOTOS, Scene, as_seen, labels, make_scene, natural
 from xai_helpers.scoring import Example
 from xai_helpers.wrappers import device_of, matching_categories
 
@@ -25,10 +26,10 @@ class Checkpoint:
 
     Attributes:
         hub: the published checkpoint of the same family; None if nobody published one.
-        task: "classification", "prompts" (a CLIP, which `PromptClassifier` makes a classifier of), "detection" or
-            "segmentation".
+        task: "classification" (of the scenes' categories), "imagenet" (of ImageNet's), "prompts" (a CLIP, which
+            `PromptClassifier` makes a classifier of), "detection" or "segmentation".
         model_class: the class of transformers that loads it; None for torchvision's Faster R-CNN.
-        trained_by: the module of `training` that made the bundled one.
+        trained_by: the module of `training` that made the bundled one; "" if another package brings it.
         fault_of: the family of a model with a fault that is to be found; "" for a model without.
     """
 
@@ -49,6 +50,7 @@ CHECKPOINTS = {
     "swin": Checkpoint("microsoft/swin-large-patch4-window12-384-in22k"),
     "segformer": Checkpoint("nvidia/mit-b0"),
     "cvt": Checkpoint("microsoft/cvt-13"),
+    "efficientnet-lite": Checkpoint("timm/tf_efficientnet_lite0.in1k", "imagenet", trained_by=""),
     "clip-base": Checkpoint("openai/clip-vit-base-patch32", "prompts", "AutoModel", "clip"),
     "clip-large": Checkpoint("openai/clip-vit-large-patch14", "prompts", "AutoModel", "clip"),
     "yolos": Checkpoint("hustvl/yolos-tiny", "detection", "AutoModelForObjectDetection", "detector"),
@@ -140,6 +142,9 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
     source = {"bundled": BUNDLED / name, "hub": known.hub}.get(str(weights), weights)
     if source is None:
         raise ValueError(f"{name!r} has a fault that is to be found; it is bundled only: load({name!r}, 'bundled').")
+    if weights == "bundled" and not known.trained_by:
+        model, processor = efficientnet_lite()
+        return model.to(device or default_device()), processor
     if weights == "bundled" and not Path(source).is_dir():
         elsewhere = f'; or use the published one: load({name!r}, weights="hub")' if known.hub else ""
         raise OSError(
@@ -298,6 +303,45 @@ def as_example(scene: Scene, model: Any, processor: Any) -> Example:
     seen = as_seen(scene, processor)
     pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(device_of(model))
     return Example(pixel_values, [names[category] for category in scene.categories], seen.masks, seen.image)
+
+
+def photos(model: Any, processor: Any) -> list[Example]:
+    """The shipped photos with an object that a model has a category for, as the model gets them.
+
+    Args:
+        model, processor: as `load` gives them, for a model with the scenes' categories or with ImageNet's.
+
+    Returns:
+        A list of `Example` objects, one a photo, with the masks of these objects. Each is named by that category to
+        which the model gives the highest score of those that count as right (`imagenet.RIGHT`).
+
+    Raises:
+        ValueError: the model has no category for any of them.
+
+    Example:
+        >>> model, processor = load("efficientnet-lite", weights="bundled")
+        >>> [example.categories[0] for example in photos(model, processor)]
+        ['missile', 'tiger cat', 'palace', 'espresso', 'daisy', 'moped']
+    """
+    names, found = model.config.id2label, []
+    for photo in PHOTOS:
+        scene = natural(photo)
+        pixel_values = processor(images=scene.image, return_tensors="pt")["pixel_values"].to(device_of(model))
+        with torch.no_grad():
+            scores = model(pixel_values).logits[0]
+        best = []  # for each object, or None
+        for category in scene.categories:
+            right = [category, *RIGHT.get(category, ())]
+            indices = [index for name in right for index in matching_categories(names, name)]
+            best.append(max(indices, key=lambda index: scores[index], default=None))
+        known = [i for i, index in enumerate(best) if index is not None]
+        if known:
+            seen = as_seen(scene, processor)
+            categories = [names[best[i]] for i in known]
+            found.append(Example(pixel_values, categories, seen.masks[known], seen.image))
+    if not found:
+        raise ValueError("The model has no category for any object of the shipped photos.")
+    return found
 
 
 def scores_of(model: Any, processor: Any, scenes: Sequence[Scene]) -> torch.Tensor:

@@ -148,14 +148,14 @@ def cam_layers(model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]
     family = getattr(model.config, "model_type", None)
     best = RECIPES[family].cam(model, pixel_values) if family in RECIPES else report.cam
     grid, last = _grid(model, best, pixel_values), _grid(model, report.cam, pixel_values)
-    usable = [c for c in report.candidates if c.target and c.share_with_gradient > 0]
-    before = list(itertools.takewhile(lambda candidate: candidate.path != best.path, usable))
-    finer = {c.grid: c for c in before if np.prod(c.grid) > np.prod(grid)}
+    grids = {c.path: c.grid for c in report.candidates if not c.begins_branch}
+    whole = {path: found for path, found in reversed(report.sweep.items()) if path in grids}
+    before = list(itertools.takewhile(lambda path: path != best.path, whole))
+    finer = {grids[path]: path for path in before if np.prod(grids[path]) > np.prod(grid)}
     earlier = list(finer.values())[-EARLIER_LAYERS:] or before[-1:]
     layers = {_label(best.path, grid): best, _label(report.cam.path, last): report.cam}
-    for candidate in reversed(earlier):
-        assert candidate.target  # it is usable
-        layers[_label(candidate.path, candidate.grid)] = candidate.target
+    for path in reversed(earlier):
+        layers[_label(path, grids[path])] = whole[path]
     return layers
 
 

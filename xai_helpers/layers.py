@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import hashlib
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xai_helpers.cuts import tensor_in
-from xai_helpers.reshape import channels_last_to_map, layer_to_map, tokens_to_map
+from xai_helpers.reshape import batch_axis, channels_last_to_map, layer_to_map, tokens_to_map
 from xai_helpers.wrappers import LogitsModel, category_targets, frozen, input_for, layer_path
 
 if TYPE_CHECKING:  # imported late below: only tables need it
@@ -21,8 +21,10 @@ PATCHES = [(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # centres (y
 PATCH_SIDE = 1 / 3
 DRAWS = 2  # of noise for each patch
 MOST_PREFIX_TOKENS = 16
-MOST_NORMS = 3
-SHOWN_ROWS = 12
+MOST_TRIED = 16  # of a kind, for a sweep
+WHOLE, BRANCHES = 8, 5  # layers in a sweep that all evidence passes, and with which branches begin
+ALL = 0.999  # of the change of the scores
+SEQUENCE_FIRST = ", sequence first"
 
 NO_GRADIENT = (
     "the scores have no gradient: something between the image and the scores cuts them off, such as torch.no_grad(), "
@@ -80,13 +82,16 @@ class Candidate:
 
     Attributes:
         path: its dotted name. Of several modules that put out the same values, the outermost.
-        layout: "channels first", "channels last" or "tokens".
+        layout: "channels first", "channels last", "tokens" or "tokens, sequence first".
         prefix: number of tokens before the patches.
         grid: (rows, columns).
         share_with_gradient: share of the positions at which the scores have a gradient.
-        flows_around: whether evidence can get from the image to the scores without passing this layer.
-        verdict: what speaks for or against it.
-        target: the `TargetLayer`; None if the layer is of no use.
+        back: how far the scores of a noisy picture come back if this layer puts out what it does for the clean one: 1
+            where all evidence passes it, 0 where none does; None if that was not tried.
+        in_sweep: whether it is worth a sweep.
+        begins_branch: whether it is one that does not hold all evidence, such as the norm of a block.
+        verdict: what is to be known of it.
+        target: the `TargetLayer`; None if it puts out no tensor of its own.
     """
 
     path: str
@@ -94,18 +99,20 @@ class Candidate:
     prefix: int
     grid: tuple[int, int]
     share_with_gradient: float
-    flows_around: bool
+    back: float | None
+    in_sweep: bool
+    begins_branch: bool
     verdict: str
     target: TargetLayer | None = field(repr=False)
 
 
 @dataclass(frozen=True, repr=False)
 class LayerReport:
-    """What `find_target_layers` found. A notebook shows the rows that matter.
+    """What `find_target_layers` found. A notebook shows the layers that matter.
 
     Attributes:
         candidates: the layers with positions in the order in which the model runs them.
-        cam: the layer for Grad-CAM and its relatives.
+        cam: the layer for Grad-CAM and its relatives to begin with.
         dff: the layer for Deep Feature Factorization.
     """
 
@@ -113,21 +120,31 @@ class LayerReport:
     cam: TargetLayer
     dff: TargetLayer
 
+    @property
+    def sweep(self) -> dict[str, TargetLayer]:
+        """The layers among which to choose on pictures with known answers, path -> `TargetLayer`, the latest first."""
+        return {c.path: c.target for c in reversed(self.candidates) if c.in_sweep and c.target}
+
     def table(self) -> "pd.DataFrame":
         """All candidates: a pandas DataFrame, a row a layer."""
         import pandas as pd
 
-        chosen = {self.cam.path: "Grad-CAM", self.dff.path: "DFF"}
-        if len(chosen) == 1:
-            chosen = {self.cam.path: "Grad-CAM, DFF"}
         rows = {
             c.path: {
-                "chosen for": chosen.get(c.path, ""),
+                "for": ", ".join(
+                    use
+                    for use, is_meant in [
+                        ("Grad-CAM", c.path == self.cam.path),
+                        ("DFF", c.path == self.dff.path),
+                        ("sweep", c.in_sweep),
+                    ]
+                    if is_meant
+                ),
                 "layout": c.layout,
                 "prefix tokens": c.prefix,
                 "grid": f"{c.grid[0]} x {c.grid[1]}",
                 "share with gradient": round(c.share_with_gradient, 3),
-                "evidence flows around it": "yes" if c.flows_around else "no",
+                "scores back": "" if c.back is None else f"{_percent(c.back)} %",
                 "verdict": c.verdict,
             }
             for c in self.candidates
@@ -135,31 +152,30 @@ class LayerReport:
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def _short_table(self):
-        """The last usable layer of each of three earlier grids, and the layers from shortly before the chosen on."""
-        paths = [c.path for c in self.candidates]
-        first, last = sorted((paths.index(self.cam.path), paths.index(self.dff.path)))
-        usable = [c for c in self.candidates if c.target]
-        earlier = {c.grid: c.path for c in usable if c.path in paths[:first]}
-        shown = [paths[first], paths[last], *list(earlier.values())[-3:], *paths[max(0, first - 3) : first]]
-        shown += [c.path for c in usable if c.path in paths[first:]] + paths[:first:-1]
-        shown = list(dict.fromkeys(shown))[:SHOWN_ROWS]
+        """The layers for something, and the last one of all."""
         table = self.table()
-        return table[table.index.isin(shown)]
+        return table[(table["for"] != "") | (table.index == table.index[-1])].drop(columns=["layout", "prefix tokens"])
 
     def _repr_html_(self):
         import pandas as pd
 
-        short = self._short_table().drop(columns=["layout", "prefix tokens"])
+        short = self._short_table()
         short.insert(0, "verdict", short.pop("verdict"))  # what the others lead to, beside the name
         with pd.option_context("display.max_colwidth", None):
             table = short.to_html()
-        return f"{table}<p>{len(short)} of {len(self.candidates)} layers with positions; table() has them all.</p>"
+        return f"<p>{NO_LAYER_NEEDED}</p>{table}<p>{len(short)} of {len(self.candidates)} layers; table() has all.</p>"
 
     def __repr__(self):
         import pandas as pd
 
         with pd.option_context("display.max_colwidth", None, "display.width", None, "display.max_columns", None):
-            return self._short_table().to_string()
+            return f"{NO_LAYER_NEEDED}\n{self._short_table().to_string()}"
+
+
+NO_LAYER_NEEDED = (
+    "explain(model, pixel_values, categories) needs no layer. For class activation maps, these are the layers among "
+    "which to choose on pictures with known answers."
+)
 
 
 def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> LayerReport:
@@ -168,22 +184,23 @@ def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> La
     1. Shapes: which modules put out a tensor that can be read as a map of the image: channels first, channels last, or
        tokens with prefix tokens before them.
     2. Locality: where a patch of the image is changed, the map has to change more than elsewhere.
-    3. Cut: without the layer, no way may be left from the image to the scores. Else evidence flows around the layer,
-       and a map made there shows a part of it.
-    4. Gradient: the scores have to have one at more than one position. Where the head reads the CLS token alone,
+    3. Gradient: the scores have to have one at more than one position. Where the head reads the CLS token alone,
        the last patch tokens have none.
+    4. Cut: while a noisy image runs, the layer puts out what it did for the clean one. If the scores are back, all
+       evidence passes here; if they are back in part, the rest flows around it, as by a residual connection.
 
-    The DFF layer is the latest that passes 1 to 3, the Grad-CAM layer the latest that passes all. One kind of layer may
-    be flown around: the norm before the last attention, if all that flows around it does so in prefix tokens.
-    The image runs through the model 11 times and back twice, and 2 times and back twice for each such norm (3 at
-    most): at most 33 forward passes' worth, a backward pass counted as two. The model is left as it was.
+    The DFF layer is the latest that passes 1, 2 and 4, the Grad-CAM layer the latest that passes all. One kind of layer
+    may be flown around: the norm before the last attention, if all that flows around it does so in prefix tokens.
+    Neither need be the layer that points best. Worth a sweep are the latest layers that all evidence passes, the last
+    one of each earlier grid, and what reads them: the norms and convolutions with which blocks and branches begin.
+    All this costs some sixty forward passes of the image. The model is left as it was.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
         pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
 
     Returns:
-        A `LayerReport`. Its `cam` and `dff` are the chosen ones, each a `TargetLayer`; a notebook shows a table.
+        A `LayerReport`. Its `cam` and `dff` are `TargetLayer`s, its `sweep` a dict of them; a notebook shows a table.
 
     Raises:
         ValueError: no layer passes; the scores have no gradient, or one of zero; pixel_values of another shape or not
@@ -204,21 +221,20 @@ def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> La
     paths = {module: path for path, module in model.named_modules() if path}
     disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
     with frozen(scorer), tqdm(desc="target layers", total=3, delay=1, leave=False, disable=disable) as bar:
-        image = pixel_values.clone()
-        layers, dependent = _layers_with_positions(scorer, paths, image)
+        layers = _layers_with_positions(scorer, paths, pixel_values)
         bar.update()
-        _follow_evidence(scorer, dependent, layers, image)
+        _find_gradients(scorer, layers, pixel_values)
         bar.update()
-        for norm in _norms_to_try(layers):
-            norm.only_prefix_flows_around = _only_prefix_flows_around(scorer, dependent, norm, image)
-            if norm.only_prefix_flows_around:
-                break
+        trial = functools.partial(_put_back, scorer, pixel_values)
+        maps = [layer for layer in layers if layer.is_map]
+        dff = _latest(maps, trial, lambda layer: layer.passes)
+        cam = _latest([layer for layer in maps if layer.has_gradient], trial, lambda layer: layer.passes_for_cam)
+        if cam is not None:
+            _choose_sweep(layers, cam, trial)
         bar.update()
-    cam = next((layer for layer in reversed(layers) if layer.has_gradient and layer.passes), None)
-    dff = next((layer for layer in reversed(layers) if layer.passes and not layer.flows_around), None)
-    candidates = [
-        layer.candidate(cam, dff) for layer in layers if layer.is_local or (layer.depends and not layer.flows_around)
-    ]
+    last = layers.index(dff) if dff else 0
+    shown = [layer for i, layer in enumerate(layers) if layer.is_local or (i > last and layer.share)]
+    candidates = [layer.candidate(cam, dff) for layer in shown]
     if cam is None or dff is None:
         raise ValueError(_nothing_found(model, candidates))
     return LayerReport(candidates, cam.target, dff.target)
@@ -244,226 +260,277 @@ class _Layer:
     reading: tuple  # layout, number of prefix tokens, grid
     is_local: bool
     depth: float  # share of the model's innermost modules that have run before
-    depends: bool = False  # the scores depend on it
-    share: float = 0.0
-    flows_around: bool = True
-    input_is_cut: bool = False
-    only_prefix_flows_around: bool = False
+    output: tuple  # what tells the values that it puts out from others, in whatever order they are
+    reads: tuple | None  # and those that it reads
+    keeps_shape: bool  # of what it reads
+    share: float | None = None  # of the positions with a gradient; None if the scores do not depend on it
+    back: float | None = None
+    back_but_for_prefix: float | None = None
+    in_sweep: bool = False
 
     @property
     def is_map(self):
         """Of the image, and one that a hook can get at."""
-        return self.is_local and self.kind == "Tensor"
+        return self.is_local and self.kind == "Tensor" and self.calls == 1
 
     @property
-    def passes(self):
-        return self.is_map and (not self.flows_around or self.only_prefix_flows_around)
+    def axis(self):
+        """Of the pictures."""
+        return int(self.reading[0].endswith(SEQUENCE_FIRST))
 
     @property
     def has_gradient(self):
         """At more than one position."""
         rows, columns = self.reading[2]
-        return self.share * rows * columns > 1.5
+        return (self.share or 0) * rows * columns > 1.5
+
+    @property
+    def passes(self):
+        return self.back is not None and self.back >= ALL
+
+    @property
+    def passes_for_cam(self):
+        return self.passes or (self.back_but_for_prefix or 0) >= ALL
+
+    @property
+    def has_parts(self):
+        return any(self.module.children())
+
+    @property
+    def begins_branch(self):
+        return self.in_sweep and not self.passes_for_cam
 
     @functools.cached_property
     def target(self):
         return TargetLayer(self.module, self.path, _reshape_transform(self.reading))
 
     def candidate(self, cam, dff):
-        target = self.target if self.passes else None
-        return Candidate(self.path, *self.reading, self.share, self.flows_around, self._verdict(cam, dff), target)
+        target = self.target if self.is_map and (self.share is not None or self.passes) else None
+        found = self.share or 0.0, self.back, self.in_sweep, self.begins_branch
+        return Candidate(self.path, *self.reading, *found, self._verdict(cam, dff), target)
 
     def _verdict(self, cam, dff):
         prefix = {0: "", 1: "CLS token"}.get(self.reading[1], "prefix tokens")
+        if not self.is_local:
+            return "does not change where the image does: its positions are no places in the image"
         if self.kind != "Tensor":
             return f"returns a {self.kind}, in which grad-cam's hooks find no tensor"
         if self.calls > 1:
             return f"runs {self.calls} times in a pass, so it has no output of its own"
-        if not self.is_local:
-            return "does not change where the image does: its positions are no places in the image"
-        if not self.depends:
-            return "the scores do not depend on it"
-        if self.flows_around and not self.only_prefix_flows_around:
-            return "evidence flows around it, as by a residual connection: use a layer where the ways have met again"
+        if self.share is None and not self.passes:
+            return "no gradient of the scores reaches it"
+        if not self.has_gradient and not prefix:
+            return "at most one position gets a gradient: for Grad-CAM use a layer before"
         if not self.has_gradient:
-            if not prefix:
-                return "at most one position gets a gradient: for Grad-CAM use a layer before"
             return f"the head reads its {prefix} alone, patch tokens get no gradient: for Grad-CAM use the block before"
-        reason = "all evidence passes it"
-        if self.flows_around:
-            reason = "holds the patches as they are read for the last time"
-            reason += f"; only what the {prefix} had before flows around it" if prefix else ""
-        if self is not cam and self is not dff:
-            return f"usable: {reason}; there is a later one"
-        if self.depth < 0.4:
-            return f"{reason}; but {1 - self.depth:.0%} of the model comes after it: do not expect much of its maps"
-        return f"{reason}, and nothing later will do"
+        if self.back is None:
+            return "inside a block or before it: not tried"
+        if self.passes_for_cam:
+            reason = "all evidence passes it"
+            if not self.passes:
+                reason = "holds the patches as they are read for the last time"
+                reason += f"; what the {prefix} had before flows around it"
+            if self is cam or self is dff:
+                reason += "; nothing later does"
+            return reason + (f"; {1 - self.depth:.0%} of the model comes after it" if self.depth < 0.4 else "")
+        around = f"{100 - _percent(self.back)} % of the evidence flows around it"
+        return f"begins a branch: {around}" if self.begins_branch else f"a part: {around}"
+
+
+def _percent(share):
+    return 100 if share >= ALL else min(99, round(100 * share))  # 100 for what passes, and for nothing else
 
 
 def _layers_with_positions(scorer, paths, image):
-    """Steps 1 and 2, in one forward pass of the image and of copies with a changed patch.
-
-    Returns:
-        The layers, and what depends on the image: (module, position or name of an input, or None for the output).
-    """
+    """Steps 1 and 2, in one forward pass of the image and of copies with a changed patch."""
     rows = _changed_images(image)
-    groups, calls, steps, dependent = {}, {}, [0], set()
+    groups, calls, steps, reads = {}, {}, [0], {}
 
-    def watch(module, inputs, options, output):
+    def at_input(module, inputs):
+        tensor = next((value for value in inputs if isinstance(value, torch.Tensor)), None)
+        if tensor is not None and module not in reads:
+            reads[module] = tensor.shape, _fingerprint(tensor, len(rows))
+
+    def at_output(module, inputs, output):
         calls[module] = calls.get(module, 0) + 1
         steps[0] += not any(module.children())
-        for place, value in [*enumerate(inputs), *options.items(), (None, output)]:
-            is_batch = isinstance(value, torch.Tensor) and value.shape[:1] == rows.shape[:1]
-            if is_batch and not torch.equal(value[0], value[1]):
-                dependent.add((module, place))
         tensor = _tensor_in(output)
-        if tensor is None or len(tensor) != len(rows):  # windows are rows of the batch too
+        if tensor is None or _picture_axis(tensor, len(rows)) is None:  # windows are rows of the batch too
             return
-        values = tensor[0].detach().float().cpu().contiguous().numpy()
-        key = tensor.shape, hashlib.sha256(values).digest()  # modules with the same values are one layer
+        key = tensor.shape, _fingerprint(tensor, len(rows))  # modules with the same values are one layer
         if key not in groups:
             groups[key] = _best_reading(tensor, image.shape[2:]), steps[0], []
         groups[key][2].append((module, "Tensor" if isinstance(output, torch.Tensor) else type(output).__name__))
 
-    with _hooks(paths, watch), torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in paths:
+            stack.enter_context(module.register_forward_pre_hook(at_input))
+            stack.enter_context(module.register_forward_hook(at_output))
         scorer(rows)
     layers = []
-    for found, step, modules in groups.values():
+    for (shape, fingerprint), (found, step, modules) in groups.items():
         if found is None:
             continue
         module, kind = min(  # the outermost of those that can be hooked
             modules, key=lambda m: (not m[1] == "Tensor", calls[m[0]] > 1, paths[m[0]].count("."))
         )
         is_local, reading = found
-        layers.append(_Layer(module, paths[module], kind, calls[module], reading, is_local, step / steps[0]))
-    return layers, dependent
+        shape_read, read = reads.get(module, (None, None))
+        place = paths[module], kind, calls[module], reading, is_local, step / steps[0]
+        layers.append(_Layer(module, *place, fingerprint, read, keeps_shape=shape == shape_read))
+    return layers
 
 
-def _follow_evidence(scorer, dependent, layers, image):
-    """Steps 3 and 4, in one forward and one backward pass: sets `share`, `flows_around` and what goes with them."""
-    by_module = {layer.module: layer for layer in layers if layer.calls == 1}
-    outputs, inputs_of = {}, {}
+def _fingerprint(tensor, n_rows):
+    """Alike for tensors that have the same values for the first picture, in whatever order; None without pictures."""
+    axis = _picture_axis(tensor, n_rows)
+    if axis is None or not tensor.is_floating_point():
+        return None
+    bits = tensor.detach().select(axis, 0).float().cpu().contiguous().view(torch.int32).long()
+    return bits.numel(), bits.sum().item(), (bits * bits).sum().item()  # whole numbers: exact, if need be modulo 2^64
 
-    def watch(module, inputs, options, output):
-        layer, tensor = by_module[module], _tensor_in(output)
-        if not tensor.requires_grad:
-            return
-        outputs[layer] = tensor.grad_fn, tensor.output_nr
-        if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].shape == tensor.shape:
-            inputs_of[layer] = inputs[0].grad_fn, inputs[0].output_nr
-        tensor.register_hook(lambda gradient: at_gradient(layer, gradient))
+
+def _picture_axis(tensor, n_rows):
+    """0; 1 for tokens that come sequence first; None where the rows are no pictures, as those of windows."""
+    if tensor.ndim and len(tensor) == n_rows:
+        return 0
+    return 1 if tensor.ndim == 3 and tensor.shape[1] == n_rows else None
+
+
+def _find_gradients(scorer, layers, image):
+    """Step 3, in one forward and one backward pass, with the score a random mixture of all, so that each matters.
+
+    The image is run in two rows (with one, PyTorch's BatchNorm2d can return a wrong input gradient).
+    """
+    by_module, starts = {layer.module: layer for layer in layers if layer.calls == 1}, []
+
+    def at_output(module, inputs, output):
+        tensor = _tensor_in(output)
+        if not tensor.requires_grad:  # before it the gradient is cut off, as by no_grad or a look-up of colours
+            starts.append(tensor.requires_grad_())
+        tensor.register_hook(functools.partial(at_gradient, by_module[module]))
+        return _with(output, tensor.clone())  # on which the model may work in place
 
     def at_gradient(layer, gradient):
         layer.share = _positions_with_gradient(gradient, layer.reading)
 
-    score, leaves = _some_score(scorer, dependent, image, by_module, watch)
-    gradients = torch.autograd.grad(score, leaves, allow_unused=True)
-    through, in_all = _count_ways(score, leaves)
-    if not in_all:
-        raise ValueError(NO_GRADIENT)
-    if not any(gradient is not None and gradient.any() for gradient in gradients):
-        raise ValueError(ZERO_GRADIENT)
-    for layer in layers:
-        layer.depends = outputs.get(layer) in through
-        layer.flows_around = through.get(outputs.get(layer), 0) != in_all
-        layer.input_is_cut = through.get(inputs_of.get(layer), 0) == in_all
-
-
-def _norms_to_try(layers):
-    """What comes after all that passed and reads a tensor that all evidence passes: a few layers, the latest first."""
-    found = []
-    for layer in reversed(layers):
-        if layer.passes and layer.has_gradient:
-            break
-        if layer.is_map and layer.has_gradient and layer.flows_around and layer.input_is_cut:
-            found.append(layer)
-    return found[:MOST_NORMS]
-
-
-def _only_prefix_flows_around(scorer, dependent, layer, image):
-    """Whether, with the layer's output detached, no patch of its input has a gradient any more."""
-    shares = []
-
-    def detach(module, inputs, options, output):
-        inputs[0].register_hook(lambda gradient: shares.append(_positions_with_gradient(gradient, layer.reading)))
-        return output.detach()
-
-    score, leaves = _some_score(scorer, dependent, image, [layer.module], detach)
-    torch.autograd.grad(score, leaves, allow_unused=True)
-    return not any(shares)
-
-
-def _hooks(modules, hook):
-    """A context in which the modules have the forward hook."""
-    stack = contextlib.ExitStack()
-    for module in modules:
-        stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
-    return stack
-
-
-def _some_score(scorer, dependent, image, watched, hook):
-    """Runs the image in two rows (with one, PyTorch's BatchNorm2d can return a wrong input gradient).
-
-    Args:
-        dependent: as `_layers_with_positions` returns it.
-        watched, hook: modules, and the forward hook that they have meanwhile.
-
-    Returns:
-        A random mixture of the image's scores, so that what matters to any of them matters to it; and where gradients
-        end: at the image, and at what depends on it by a way without gradient, such as a look-up of colours.
-    """
-    leaves = [image.repeat(2, 1, 1, 1).requires_grad_()]
-
-    def start(module, place, value):
-        needs_one = torch.is_grad_enabled() and (module, place) in dependent and value.is_floating_point()
-        if not needs_one or value.requires_grad:
-            return value
-        leaves.append(value.detach().requires_grad_())
-        return leaves[-1].clone()  # a leaf could not be worked on in place
-
-    def at_inputs(module, inputs, options):
-        inputs = tuple(start(module, i, value) for i, value in enumerate(inputs))
-        return inputs, {name: start(module, name, value) for name, value in options.items()}
-
+    starts.append(image.repeat(2, 1, 1, 1).requires_grad_())
     with contextlib.ExitStack() as stack:
-        for module in {module for module, _ in dependent}:
-            stack.enter_context(module.register_forward_pre_hook(at_inputs, with_kwargs=True))
-            stack.enter_context(_hooks([module], lambda module, _, options, output: start(module, None, output)))
-        stack.enter_context(_hooks(watched, hook))
-        scores = scorer(leaves[0].clone())[0].flatten()
+        for module in by_module:
+            stack.enter_context(module.register_forward_hook(at_output))
+        scores = scorer(starts[0].clone())[0].flatten()
     weights = torch.randn(len(scores), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     score = (scores * weights.to(scores)).sum()
     if not score.requires_grad:
         raise ValueError(NO_GRADIENT)
-    return score, leaves
+    gradients = [g for g in torch.autograd.grad(score, starts, allow_unused=True) if g is not None]
+    if not gradients:
+        raise ValueError(NO_GRADIENT)
+    if not any(gradient.any() for gradient in gradients):
+        raise ValueError(ZERO_GRADIENT)
 
 
-def _count_ways(score, leaves):
-    """Counts the ways through autograd's graph from the score back to the leaves.
+def _put_back(scorer, image, layers, but_for_prefix=True):
+    """Step 4 for some layers, in one forward pass: the image, noise in its place, and noise once more for each trial.
 
-    Returns:
-        For each output of a node, as (node, number), how many of the ways lead through it; and how many there are.
+    In a trial a layer puts out what it does for the image. In a second one, for a layer that reads tokens and puts out
+    as many, what it reads has the image's prefix tokens, too: those go around it, along a residual connection.
     """
-    starts = {id(leaf) for leaf in leaves}
-    order, to_start, stack = [], {}, [(score.grad_fn, False)]
-    while stack:
-        node, is_done = stack.pop()
-        before = [other for other, _ in node.next_functions if other is not None]
-        if is_done:
-            is_start = id(getattr(node, "variable", None)) in starts
-            to_start[node] = is_start + sum(to_start[other] for other in before)
-            order.append(node)
-        elif node not in to_start:
-            to_start[node] = None
-            stack.append((node, True))
-            stack.extend((other, False) for other in before if other not in to_start)
-    arriving, from_score = {(score.grad_fn, 0): 1}, {score.grad_fn: 1}
-    for node in reversed(order):
-        for other, number in node.next_functions:
-            if other is not None:
-                arriving[other, number] = arriving.get((other, number), 0) + from_score[node]
-                from_score[other] = from_score.get(other, 0) + from_score[node]
-    return {output: ways * to_start[output[0]] for output, ways in arriving.items()}, to_start[score.grad_fn]
+    trials = [(layer, 0) for layer in layers]
+    if but_for_prefix:
+        inner = [layer for layer in layers if layer.has_gradient and layer.keeps_shape and not layer.has_parts]
+        trials += [(layer, layer.reading[1]) for layer in inner if layer.reading[1]]
+    noise = torch.randn(image.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(image)
+    noise = image.mean() + noise * (image.std() if image.std() > 0 else 1)
+    rows = torch.cat([image, noise.expand(len(trials) + 1, -1, -1, -1)])
+
+    def at_input(layer, row, prefix, module, inputs):
+        if inputs and getattr(inputs[0], "ndim", 0) == 3:
+            tokens = inputs[0].movedim(layer.axis, 0)
+            tokens[row, :prefix] = tokens[0, :prefix]  # in place: the residual connection has the same tensor
+
+    def at_output(layer, row, module, inputs, output):
+        tensor = _tensor_in(output).clone()
+        pictures = tensor.movedim(layer.axis, 0)
+        pictures[row] = pictures[0]
+        return _with(output, tensor)
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for row, (layer, prefix) in enumerate(trials, start=2):
+            if prefix:
+                before = functools.partial(at_input, layer, row, prefix)
+                stack.enter_context(layer.module.register_forward_pre_hook(before))
+            stack.enter_context(layer.module.register_forward_hook(functools.partial(at_output, layer, row)))
+        scores = scorer(rows).flatten(1).cpu().double()
+    changes = (scores - scores[:1]).norm(dim=1)
+    rounding = 10 * torch.finfo(image.dtype).eps * scores[0].norm()
+    back = 1 - (changes - rounding).clamp(min=0) / changes[1].clamp(min=1e-300)
+    for (layer, prefix), share in zip(trials, back[2:].tolist(), strict=True):
+        if prefix:
+            layer.back_but_for_prefix = share
+        else:
+            layer.back = max(share, 0.0)
+
+
+def _latest(layers, trial, is_meant):
+    """The latest of some layers that is meant; they are tried from the end, one, and then eight at a time."""
+    sizes, end = itertools.chain([1], itertools.repeat(8)), len(layers)
+    while end > 0:
+        start = max(0, end - next(sizes))
+        if some := [layer for layer in layers[start:end] if layer.back is None]:
+            trial(some)
+        if found := [layer for layer in layers[start:end] if is_meant(layer)]:
+            return found[-1]
+        end = start
+    return None
+
+
+def _choose_sweep(layers, cam, trial):
+    """Marks the layers that are worth a sweep, and tries those that may be.
+
+    First modules with parts, such as stages and blocks, the outer ones and the latest before others; then what reads a
+    layer that all evidence passes, such as the norms of blocks, and what reads that.
+    """
+    order = {layer: i for i, layer in enumerate(layers)}
+    usable = [x for x in layers if x.is_local and x.calls == 1 and x.has_gradient and (x.depth > 0.1 or x is cam)]
+
+    def outer_and_late(layer):
+        return not layer.has_parts, layer.path.count("."), -order[layer]
+
+    def try_some(some):
+        if some := [layer for layer in some if layer.back is None]:
+            trial(some, but_for_prefix=False)
+
+    may_pass = [layer for layer in usable if layer.kind in ("Tensor", "tuple", "list")]
+    try_some(sorted(may_pass, key=outer_and_late)[:MOST_TRIED])
+    last_of_grids = {layer.reading[2]: layer for layer in may_pass if layer.passes}
+    late = {*list(last_of_grids)[-2:], cam.reading[2]}
+    tried, left = 0, [x for x in reversed(usable) if x.is_map and x.back is None and x.reading[2] in late]
+    while readers := [layer for layer in left if layer.reads in _cuts(layers)][: MOST_TRIED - tried]:
+        try_some(readers)
+        tried += len(readers)
+        left = [layer for layer in left if layer not in readers]
+    blocks = [layer.module for layer in usable if layer.passes and not isinstance(layer.module, torch.nn.Sequential)]
+    parts = {child for module in blocks for child in module.children()}
+    whole = [x for x in usable if x.passes and x.reading[2] in late and (x.has_parts or x.module not in parts)]
+    branches = [x for x in usable if x.reads in _cuts(layers) and x.back is not None and x.keeps_shape]
+    branches = [x for x in branches if not (x.passes or x.has_parts)]
+    for layer in [cam, *sorted(whole, key=outer_and_late)[:WHOLE], *branches[-BRANCHES:], *last_of_grids.values()]:
+        layer.in_sweep = layer.is_map
+
+
+def _cuts(layers):
+    return {layer.output for layer in layers if layer.passes}
+
+
+def _with(output, tensor):
+    """An output of a module with another tensor in it."""
+    if isinstance(output, torch.Tensor):
+        return tensor
+    if isinstance(output, (tuple, list)):
+        values = [_with(output[0], tensor), *output[1:]]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    return output
 
 
 def _tensor_in(output):
@@ -488,9 +555,14 @@ def _changed_images(image):
 
 def _best_reading(tensor, image_size):
     """How a tensor can be read as maps: (whether it changes where the image does, reading); None if it cannot."""
-    results = []
+    results, suffix = [], ""
+    n_rows = 1 + DRAWS * len(PATCHES)
+    if _picture_axis(tensor, n_rows) == 1:
+        tensor, suffix = tensor.transpose(0, 1), SEQUENCE_FIRST
     for layout, prefix, (rows, columns) in _readings(tuple(tensor.shape), tuple(image_size)):
-        changes = (tensor[1:].float() - tensor[:1].float()).norm(dim=1 if layout == "channels first" else -1).cpu()
+        changes = (tensor[1:] - tensor[:1]).float()
+        changes /= changes.abs().max().clamp(min=1e-37)  # in a deep model with random weights next to nothing
+        changes = changes.norm(dim=1 if layout == "channels first" else -1).cpu()
         changes = changes.unflatten(0, (DRAWS, len(PATCHES))).mean(dim=0)
         maps = [changes]
         if layout == "tokens":  # cut out from every start up to the one in question, which should be the best
@@ -499,7 +571,7 @@ def _best_reading(tensor, image_size):
         *_, ratios = found = [_locality(changes) for changes in maps]
         *_, mean = means = [ratios.log().mean().exp().item() for ratios in found]
         is_local = ratios.min().item() > 1 and mean > max(1.05, 0.97 * max(means))
-        results.append((is_local, mean, (layout, prefix, (rows, columns))))
+        results.append((is_local, mean, (layout + suffix, prefix, (rows, columns))))
     if not results:
         return None
     is_local, _, reading = max(results)
@@ -535,6 +607,8 @@ def _reshape_transform(reading):
     layout, prefix, grid = reading
     if layout == "tokens":
         return functools.partial(tokens_to_map, grid=grid, prefix=prefix)
+    if layout == "tokens" + SEQUENCE_FIRST:
+        return functools.partial(tokens_to_map, grid=grid, prefix=prefix, batch_first=False)
     return channels_last_to_map if layout == "channels last" else None
 
 
@@ -648,12 +722,13 @@ def layer_table(
 
 def _row(gradient, reshape_transform, image_size):
     """One row of `layer_table`, from the gradient at a layer for two images, or two times n windows of them."""
-    n_rows = max(1, len(gradient) // 2)
-    output = " x ".join(map(str, (n_rows, *gradient.shape[1:])))
+    axis = batch_axis(gradient, reshape_transform)
+    gradient = gradient.movedim(axis, 0)[: max(1, gradient.shape[axis] // 2)].movedim(0, axis)
+    output = " x ".join(map(str, gradient.shape))
     if reshape_transform is not None:
         gradient = reshape_transform(gradient)
     is_map = gradient.ndim == 4 and gradient.shape[2] * gradient.shape[3] > 1
-    alive = (gradient[:n_rows] != 0).any(dim=1 if gradient.ndim == 4 else -1).float().mean().item()
+    alive = (gradient != 0).any(dim=1 if gradient.ndim == 4 else -1).float().mean().item()
     if not is_map:
         return [output, "-", "-", alive]
     grid = gradient.shape[2:]

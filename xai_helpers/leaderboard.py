@@ -97,11 +97,12 @@ def _family(name):
 
 
 def layers_to_try(name: str, model: Any, pixel_values: torch.Tensor) -> dict[str, TargetLayer]:
-    """Layers worth a sweep: those of the family's recipe; else the last five that `find_target_layers` finds usable."""
+    """Layers worth a sweep: those of the family's recipe; else the last five, without branches, that are found."""
     if recipe := RECIPES.get(_family(name)):
         return recipe.sweep(model, pixel_values)
-    usable = [c for c in find_target_layers(model, pixel_values).candidates if c.target and c.share_with_gradient > 0]
-    return {candidate.path: candidate.target for candidate in reversed(usable[-5:]) if candidate.target}
+    report = find_target_layers(model, pixel_values)
+    branches = {candidate.path for candidate in report.candidates if candidate.begins_branch}
+    return dict([(path, layer) for path, layer in report.sweep.items() if path not in branches][:5])
 
 
 def best_layers(model: Any, layers: Mapping[str, TargetLayer], validation: Sequence[Example]) -> dict[str, str]:

@@ -83,11 +83,7 @@ def seen_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, float
     noise = np.random.default_rng(0).uniform(-RAMP_START / 2, RAMP_START / 2, (height, width, 2))
     ramp[..., 0] += noise[..., 0] - noise[::-1, :, 0]
     ramp[..., 1] += noise[..., 1] - noise[:, ::-1, 1]
-    picture = Image.fromarray(ramp.round().astype(np.uint8))
-    as_it_is = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
-    if getattr(processor, "do_flip_channel_order", False):  # of MobileViT, which was trained on blue, green, red
-        as_it_is["do_flip_channel_order"] = False
-    out = processor(picture, **as_it_is)["pixel_values"][0].numpy(force=True).astype(np.float64)
+    out = _not_normalised(processor, Image.fromarray(ramp.round().astype(np.uint8)))
     inside = out[2] > 254
     edges = []
     for channel, length, axis in ((0, width, 0), (1, height, 1)):
@@ -98,6 +94,20 @@ def seen_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, float
         edges.append((float(offset), float(offset + slope * out.shape[2 - channel])))
     (left, right), (top, bottom) = edges
     return left, top, right, bottom
+
+
+def _not_normalised(processor, picture):
+    """What a processor makes of a picture, with the picture's own values, (3, height, width)."""
+    as_it_is = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
+    if getattr(processor, "do_flip_channel_order", False):  # of MobileViT, which was trained on blue, green, red
+        as_it_is["do_flip_channel_order"] = False
+    of_timm = getattr(processor, "data_config", None)
+    if of_timm:  # transformers' wrapper of timm's processing takes no such options
+        as_it_is = {}
+    out = processor(picture, **as_it_is)["pixel_values"][0].numpy(force=True).astype(np.float64)
+    if of_timm:
+        out = 255 * (out * np.reshape(of_timm["std"], (3, 1, 1)) + np.reshape(of_timm["mean"], (3, 1, 1)))
+    return out
 
 
 def widened(pixel_values: torch.Tensor, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:

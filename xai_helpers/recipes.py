@@ -1,4 +1,4 @@
-"""The one place that knows layers: for eight families, which layers are named elsewhere, are worth a sweep, point best.
+"""The one place that knows layers: for nine models, which layers are named elsewhere, are worth a sweep, point best.
 
 `explain` without a layer needs none of this. For a class activation map in a model that is not described here,
 `find_target_layers` lists the layers that are worth a sweep.
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to explain the image classification models of a family of transformers.
+    """How to explain the image classification models of a family of transformers, or a network of timm's.
 
     Attributes:
         family: its name, as in `load`.
@@ -54,6 +54,7 @@ class Recipe:
         head: (model, (height, width) of the picture) -> what stands behind it: a callable (n_concepts, channels) ->
             (n_concepts, n_classes), the model's scores of a picture that consists of the concept alone.
         differs: why `concepts` is not the layer that `find_target_layers` chooses; "" if it is.
+        architecture: timm's name of the network; "" for a family of transformers.
     """
 
     family: str
@@ -64,6 +65,7 @@ class Recipe:
     concepts: Layer
     head: Callable
     differs: str = ""
+    architecture: str = ""
 
     def cam(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> TargetLayer:
         """The `TargetLayer` at which class activation maps point best, by `method`; it fits the size of pixel_values.
@@ -104,7 +106,11 @@ class Recipe:
 
     def _unwrapped(self, model):
         model = model.model if isinstance(model, LogitsModel) else model
-        if not (hasattr(model, self.family) and hasattr(model, "classifier")):
+        if self.architecture:
+            fits = getattr(getattr(model, "config", None), "architecture", "") == self.architecture
+        else:
+            fits = hasattr(model, self.family) and hasattr(model, "classifier")
+        if not fits:
             raise ValueError(
                 f"the recipe for {self.family} does not fit a {type(model).__name__}: load one with "
                 f"load({self.family!r}), or let find_target_layers(model, pixel_values) find the layers of yours"
@@ -346,6 +352,22 @@ RECIPES = {
             concepts=Layer(lambda model: model.cvt.encoder.stages[-1].layers[-2], cvt_positions, 1),
             head=rest_of_cvt,
             differs=READ_BY_CLS,
+        ),
+        Recipe(
+            "efficientnet-lite",
+            layers={
+                "bn2": Layer(lambda model: model.timm_model.bn2),
+                "blocks[-1]": Layer(lambda model: model.timm_model.blocks[-1]),
+                "blocks[-1][0].bn1": Layer(lambda model: model.timm_model.blocks[-1][0].bn1),
+                "blocks[-2]": Layer(lambda model: model.timm_model.blocks[-2]),
+                "blocks[-3]": Layer(lambda model: model.timm_model.blocks[-3]),
+            },
+            best="blocks[-3]",
+            method="HiResCAM",
+            pointing=0.89,
+            concepts=Layer(lambda model: model.timm_model.bn2),
+            head=lambda model, size: model.timm_model.classifier,
+            architecture="tf_efficientnet_lite0",
         ),
     ]
 }

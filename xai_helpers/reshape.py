@@ -7,7 +7,9 @@ import torch
 ADVICE = "find_target_layers(model, pixel_values) lists the layers that work, with their reshape transforms"
 
 
-def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int], prefix: int = 1) -> torch.Tensor:
+def tokens_to_map(
+    tokens: torch.Tensor, grid: tuple[int, int], prefix: int = 1, batch_first: bool = True
+) -> torch.Tensor:
     """Lays the patch tokens of a transformer out as the grid they were cut from.
 
     As a reshape transform: `functools.partial(tokens_to_map, grid=(14, 14))`.
@@ -16,6 +18,7 @@ def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int], prefix: int = 1) 
         tokens: tensor (batch, prefix + rows * columns, channels), the patches row by row.
         grid: (rows, columns) of patches, that is image height and width divided by the patch size.
         prefix: how many tokens stand before the patches: 1 for a CLS token, 0 for none, 5 for CLS and 4 registers.
+        batch_first: False for a tensor (prefix + rows * columns, batch, channels), as in OpenAI's CLIP.
 
     Returns:
         A contiguous tensor (batch, channels, rows, columns).
@@ -30,11 +33,13 @@ def tokens_to_map(tokens: torch.Tensor, grid: tuple[int, int], prefix: int = 1) 
     """
     rows, columns = grid
     wanted = prefix + rows * columns
-    if tokens.ndim != 3 or tokens.shape[1] != wanted:
+    if tokens.ndim != 3 or tokens.shape[1 if batch_first else 0] != wanted:
+        shape = f"(batch, {wanted}, channels)" if batch_first else f"({wanted}, batch, channels)"
         raise ValueError(
-            f"tokens_to_map got shape {tuple(tokens.shape)}, wanted (batch, {wanted}, channels): "
+            f"tokens_to_map got shape {tuple(tokens.shape)}, wanted {shape}: "
             f"{prefix} prefix tokens and a grid of {rows} x {columns} patches"
         )
+    tokens = tokens if batch_first else tokens.transpose(0, 1)
     patches = tokens[:, prefix:].transpose(1, 2)
     return patches.reshape(*patches.shape[:2], rows, columns).contiguous()
 
@@ -101,3 +106,18 @@ def layer_to_map(
             f"with more than one position; {ADVICE}"
         )
     return maps
+
+
+def batch_axis(output: torch.Tensor, reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None) -> int:
+    """The axis of a layer's output along which the pictures lie: 0, or 1 for tokens (tokens, batch, channels).
+
+    Args:
+        output: what the layer returned.
+        reshape_transform: one that fits it; it is asked what it makes of the output twice.
+    """
+    if reshape_transform is None or output.ndim != 3:
+        return 0
+    try:
+        return int(len(reshape_transform(output.repeat(1, 2, 1))) == 2 * output.shape[1])
+    except Exception:  # those that do not fit raise what they like
+        return 0

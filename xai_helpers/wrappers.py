@@ -4,6 +4,8 @@ import contextlib
 import difflib
 import itertools
 import numbers
+import os
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
 
     from xai_helpers.scoring import Example
+
+BAR_AFTER = 1  # seconds
 
 Category = str | int | Callable[[torch.Tensor], torch.Tensor]
 
@@ -497,6 +502,34 @@ def count_passes(model: torch.nn.Module) -> Iterator[dict[str, int]]:
 
     with model.register_forward_pre_hook(at_input, with_kwargs=True), model.register_forward_hook(at_scores):
         yield passed
+
+
+def masked_scores(scores_of: Callable[[slice], torch.Tensor], n: int, batch: int, name: str) -> torch.Tensor:
+    """The scores of many masked pictures, some at a time: what RISE, ScoreCAM and AblationCAM read all categories from.
+
+    A progress bar comes where they take more than a second, and goes when they are done. Where nobody watches, as when
+    a book is built, tqdm's own switch keeps the page clean: TQDM_DISABLE=1.
+
+    Args:
+        scores_of: (which of the masks) -> scores of the pictures, or activations, that are masked so; (n_masks, ...).
+        n: how many masks there are.
+        batch: how many of them in one pass.
+        name: for the bar.
+
+    Returns:
+        A tensor (n, ...), without a graph.
+    """
+    found, start = [], time.monotonic()
+    disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        bar = None
+        for first in range(0, n, batch):
+            found.append(scores_of(slice(first, min(first + batch, n))))
+            if bar is None and time.monotonic() - start >= BAR_AFTER:
+                bar = stack.enter_context(tqdm(desc=name, total=n, leave=False, disable=disable))
+            if bar is not None:
+                bar.update(first + len(found[-1]) - bar.n)
+    return torch.cat(found)
 
 
 def passes_table(model: torch.nn.Module, methods: Mapping[str, Callable], example: "Example") -> "pd.DataFrame":
