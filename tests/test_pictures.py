@@ -8,7 +8,8 @@ from PIL import Image
 from rehearsal import accelerator
 from transformers import CLIPImageProcessor, ConvNextImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from xai_helpers.pictures import read_picture, seen_box, widened
+from xai_helpers.imagenet import efficientnet_lite
+from xai_helpers.pictures import read_picture, seen_box, to_original, widened
 
 EXIF_ORIENTATION = 0x0112
 
@@ -206,3 +207,45 @@ def test_a_widened_input_and_its_picture_stay_together():
     for columns, value in ((slice(0, 5), 1), (slice(7, 12), 0)):  # the edge lies at 6 of 12
         assert wide[..., columns].sub(value).abs().max() < 0.15
         assert np.abs(np.asarray(image)[:, columns] / 255 - value).max() < 0.15
+
+
+def processors():
+    return {
+        "squashed": ViTImageProcessor(size={"height": 64, "width": 64}),
+        "cropped": ConvNextImageProcessor(size={"shortest_edge": 96}, crop_pct=0.875),
+        "timm": efficientnet_lite()[1],
+        "cropped from the middle": CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64),
+    }
+
+
+@pytest.mark.parametrize("name", processors())
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (640, 250), (180, 180)])
+def test_a_map_comes_back_to_where_its_light_was(name, size):
+    """A dot in a dark photo goes through the processor; what comes out, taken for a map, is where the dot was."""
+    processor, (width, height) = processors()[name], size
+    for x, y in ((width // 2, height // 2), (width // 2 + 31, height // 2 - 22)):
+        photo = np.zeros((height, width, 3), np.uint8)
+        photo[y - 4 : y + 5, x - 4 : x + 5] = 255
+        pixels = processor(Image.fromarray(photo), return_tensors="pt")["pixel_values"][0, 0]
+        (heat,) = to_original((pixels - pixels.min())[None], processor, size)
+        assert heat.shape == (height, width) and heat.dtype == np.float32
+        rows, columns = np.indices(heat.shape)
+        assert (rows * heat).sum() / heat.sum() == pytest.approx(y, abs=0.02 * max(size))
+        assert (columns * heat).sum() / heat.sum() == pytest.approx(x, abs=0.02 * max(size))
+
+
+def test_outside_of_what_the_model_saw_a_map_is_zero():
+    ones = to_original(np.ones((2, 64, 64)), processors()["cropped from the middle"], (300, 200))
+    assert ones.shape == (2, 200, 300)
+    np.testing.assert_array_equal(ones[:, :, 55:245], 1)  # the middle 200 of 300
+    np.testing.assert_array_equal(ones[:, :, :45], 0)
+    np.testing.assert_array_equal(ones[:, :, 255:], 0)
+    squashed = to_original(torch.ones(1, 64, 64), processors()["squashed"], (300, 200))
+    assert squashed.min() == 1
+
+
+def test_a_map_is_stretched_between_the_centres_of_its_pixels():
+    """Two pixels side by side, 0 and 1: from a quarter to three quarters of the photo the map rises."""
+    (heat,) = to_original(np.array([[[0.0, 1.0]] * 2]), processors()["squashed"], (64, 64))
+    wanted = np.clip((np.arange(64) + 0.5) / 32 - 0.5, 0, 1)
+    np.testing.assert_allclose(heat, np.tile(wanted, (64, 1)), atol=0.05)

