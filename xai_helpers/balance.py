@@ -8,7 +8,7 @@ weighing of the values that flow through, with weights that are constants.
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -83,6 +83,46 @@ def _no_rules():
         yield
     finally:
         _within.rule = before
+
+
+@contextlib.contextmanager
+def choices(made: list[bool] | None = None) -> Iterator[list[bool]]:
+    """Within, what the rules decide by looking at values is written down, or decided as it was before.
+
+    A computation can be traced in that way, as for an export: a trace knows no values. (Is the input of a convolution
+    nowhere negative? Has a negative output a gradient?)
+
+    Args:
+        made: those of a run of the same computation; None: to write down.
+
+    Yields:
+        The choices, in the order in which they were made.
+
+    Example:
+        >>> net = torch.nn.Conv2d(1, 2, 1).requires_grad_(False)
+        >>> with choices() as made, balanced_gradients():
+        ...     scores = net(torch.ones(1, 1, 2, 2, requires_grad=True))
+        >>> made  # the input is nowhere negative
+        [True]
+    """
+    before = getattr(_within, "choices", None)
+    written: list[bool] = [] if made is None else made
+    _within.choices = written, None if made is None else iter(made)
+    try:
+        yield written
+    finally:
+        _within.choices = before
+
+
+def _choose(condition):
+    """Whether a condition, a function that gives a tensor of one boolean, holds."""
+    written, again = getattr(_within, "choices", None) or (None, None)
+    if again is not None:
+        return next(again)
+    choice = bool(condition())
+    if written is not None:
+        written.append(choice)
+    return choice
 
 
 class _Rules(TorchFunctionMode):
@@ -165,7 +205,7 @@ class _Gamma(torch.autograd.Function):
         x, made, share = ctx.made
         to_made, to_y = gradient * share, None
         at_negative = gradient.masked_fill(y >= 0, 0)
-        if at_negative.any():  # not where a ReLU comes after
+        if _choose(at_negative.any):  # not where a ReLU comes after
             down = at_negative * torch.where(y < 0, y / torch.minimum((2 + ctx.gamma) * y - made.detach(), y), 0.0)
             to_made, to_y = to_made - down, (2 + ctx.gamma) * down
         (to_x,) = torch.autograd.grad(made, x, to_made, retain_graph=True)
@@ -257,7 +297,8 @@ def _gate(gamma, func, input, *args, **kwargs):
             at_zero = func(zero.clone(), *args, **kwargs)
             slope = torch.autograd.grad(at_zero, zero)[0] if at_zero.requires_grad else torch.zeros_like(zero)
         at_zero = at_zero.detach()
-        close = x.abs() < 1e-3 if at_zero != 0 else x == 0  # where a difference of values would be rounding
+        has_offset = _choose(lambda: at_zero != 0)
+        close = x.abs() < 1e-3 if has_offset else x == 0  # where a difference of values would be rounding
         ratio = torch.where(close, slope, (value - at_zero) / torch.where(close, 1, x))
     out = _Times.apply(input, ratio, value)
     return input.copy_(out) if in_place else out
@@ -356,7 +397,7 @@ def _convolution(gamma, func, input, weight, bias=None, *args, **kwargs):
     if _flows(weight):
         return func(*_weighed(input, weight), bias, *args, **kwargs)
     out = func(input, weight, bias, *args, **kwargs)
-    if not gamma or not _flows(input) or (input < 0).any():
+    if not gamma or not _flows(input) or not _choose(lambda: (input >= 0).all()):
         return out
     weight, bias = weight.detach(), None if bias is None else bias.detach()
 

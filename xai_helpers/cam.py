@@ -160,38 +160,68 @@ def _without_layer(model, pixel_values, categories, reshape_transform, method, s
         with balanced_gradients(gamma), tensors_of_modules(scorer) as (tensors, outputs):
             scores = scorer(source.clone())[0]  # on which it may work in place
             picked = [target(scores) for target in targets]
-        for target in picked:
-            if not target.requires_grad:
-                raise ValueError(NO_GRADIENT)
-        complete = complete_cuts(torch.stack(picked).sum(), source, tensors)
-        cuts = [(tensor, lay_out) for tensor, lay_out in read_as_maps(complete, source) if id(tensor) in outputs]
-        maps = [_over_depths(target, source, cuts, signed) for target in picked]
+        if not all(target.requires_grad for target in picked):
+            raise ValueError(NO_GRADIENT)
+        depths = depths_of(torch.stack(picked).sum(), source, tensors, outputs)
+        looked_at = [source, *(tensors[place] for place, _ in depths)]
+        found = [torch.autograd.grad(target, looked_at, retain_graph=True) for target in picked]
+        if not all(any(gradient.any() for gradient in gradients) for gradients in found):
+            raise ValueError(ZERO_GRADIENT)
+        maps = [map_over_depths(looked_at, gradients, depths, signed) for gradients in found]
     return torch.stack(maps).numpy(force=True).astype(np.float32)
 
 
-def _over_depths(score, source, cuts, signed):
-    """The map of one score, (height, width), from its relevance at the pixels and at complete cuts."""
-    depths = [(source, lambda pixels: pixels), *cuts]
-    gradients = torch.autograd.grad(score, [tensor for tensor, _ in depths], retain_graph=True)
-    if not any(gradient.any() for gradient in gradients):
-        raise ValueError(ZERO_GRADIENT)
-    size, maps = source.shape[2:], []
-    for (tensor, lay_out), gradient in zip(depths, gradients, strict=True):
+def depths_of(
+    score: torch.Tensor, source: torch.Tensor, tensors: list[torch.Tensor], outputs: set[int]
+) -> list[tuple[int, Callable]]:
+    """Where `explain` looks without a layer, beside the pixels: the complete cuts that can be read as maps.
+
+    Args:
+        score: a scalar with a graph.
+        source: pixel values, (1, channels, height, width), a leaf.
+        tensors, outputs: as `cuts.tensors_of_modules` collects them.
+
+    Returns:
+        (place in `tensors`, function to (1, channels, rows, columns)) for each.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    found = read_as_maps(complete_cuts(score, source, tensors), source)
+    return [(places[id(tensor)], lay_out) for tensor, lay_out in found if id(tensor) in outputs]
+
+
+def map_over_depths(
+    looked_at: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    depths: list[tuple[int, Callable]],
+    signed: bool = False,
+) -> torch.Tensor:
+    """The map of one score, (height, width), from its relevance at the pixels and at complete cuts; see `explain`.
+
+    Args:
+        looked_at: the pixel values, (1, channels, height, width), and the tensors at `depths`.
+        gradients: the score's, one for each of them.
+        depths: as `depths_of` gives them.
+        signed: whether what speaks against the score is negative in the map, or zero.
+    """
+    size, maps = looked_at[0].shape[2:], []
+    lay_outs = [lambda pixels: pixels, *(lay_out for _, lay_out in depths)]
+    for tensor, gradient, lay_out in zip(looked_at, gradients, lay_outs, strict=True):
         values, gradient = lay_out(tensor.detach()), lay_out(gradient)
         centred = values - CENTRE * values.mean(dim=(2, 3), keepdim=True)
         relevance = (centred * gradient).sum(dim=1, keepdim=True)
         maps.append(F.interpolate(relevance, size, mode="bilinear", align_corners=False))
     smooth = _smoothed(torch.cat(maps))
     shares = smooth / smooth.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
-    n_early = 1 + math.ceil(len(cuts) / 2)
+    n_early = 1 + math.ceil(len(depths) / 2)
     early, late = shares[:n_early].sum(dim=(0, 1)), shares[n_early:].sum(dim=(0, 1))
+    has_late = late.abs().sum() > 0  # not where CLS has it all
 
     def towards(sign):
         heat = (sign * early).clamp(min=0)
-        return heat * (sign * late).clamp(min=0).sqrt() if late.any() else heat  # none where CLS has it all
+        return torch.where(has_late, heat * (sign * late).clamp(min=0).sqrt(), heat)
 
     heat = towards(1) - towards(-1) if signed else towards(1)
-    return heat / heat.abs().max().clamp(min=1e-30)
+    return heat / heat.abs().amax(dim=(0, 1)).clamp(min=1e-30)
 
 
 def _smoothed(maps):

