@@ -159,7 +159,7 @@ class LayerReport:
     def _repr_html_(self):
         import pandas as pd
 
-        short = self._short_table()
+        short = self._short_table().drop(columns="scores back")  # of which the verdict tells
         short.insert(0, "verdict", short.pop("verdict"))  # what the others lead to, beside the name
         with pd.option_context("display.max_colwidth", None):
             table = short.to_html()
