@@ -20,6 +20,7 @@ import timm
 import torch
 import torchvision
 
+from benchmarks.explain_cost import measure
 from xai_helpers.checkpoints import examples, names_of
 from xai_helpers.export import to_onnx
 from xai_helpers.leaderboard import classifier
@@ -34,16 +35,10 @@ OTHERS = {
 MODELS = [*names_of("classification", "prompts", "imagenet"), *OTHERS]
 
 
-def seconds(path, inputs, repeats=5):
-    """The median time of a run on one thread."""
+def session(path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session, took = onnxruntime.InferenceSession(path, options), []
-    for _ in range(repeats + 1):  # the first one warms up
-        start = time.perf_counter()
-        session.run(None, inputs)
-        took.append(time.perf_counter() - start)
-    return float(np.median(took[1:]))
+    return onnxruntime.InferenceSession(path, options)
 
 
 def row(name, folder):
@@ -60,16 +55,22 @@ def row(name, folder):
     onnx.utils.extract_model(folder / "explained.onnx", folder / "plain.onnx", ["image"], ["scores"])
     image, n = pixel_values.numpy(), made.inputs["weights"][1][1]
     weights = np.eye(n, dtype=np.float32)[:1]
-    plain = seconds(folder / "plain.onnx", {"image": image})
-    explained = seconds(folder / "explained.onnx", {"image": image, "weights": weights})
+    plain, explained = session(folder / "plain.onnx"), session(folder / "explained.onnx")
+    _, (of_map, times_plain) = measure(
+        {
+            "plain": lambda: plain.run(None, {"image": image}),
+            "map": lambda: explained.run(None, {"image": image, "weights": weights}),
+        },
+        repeats=5,
+    )
     return {
         "nodes": made.nodes,
         "weights, MB": sum(p.numel() for p in model.parameters()) * 4 / 1e6,
         "file, MB": made.megabytes,
         "in half precision": halved.megabytes,
         "export, s": took,
-        "map, ms": 1000 * explained,
-        "times plain": explained / plain,
+        "map, ms": 1000 * of_map,
+        "times plain": times_plain,
         "largest difference": max(made.differences.values()),
     }
 

@@ -137,6 +137,15 @@ def test_grad_cam_at_a_layer(tmp_path, name):
     assert about["method"] == f"Grad-CAM at {layer.path}"
 
 
+def test_grad_cam_before_a_step_in_place_is_that_of_explain(tmp_path):
+    """A ReLU works in place on what the layer has put out."""
+    model = tiny("convolutions")
+    layer = model.body[1]
+    made = to_onnx(model, picture(), tmp_path / "cam.onnx", layer)
+    _, _, heat = run(made.path, picture(2), [0, 0, 0, 1])
+    np.testing.assert_allclose(heat, explain(model, picture(2), 3, layer), atol=1e-3)
+
+
 def test_with_a_processor_the_file_takes_pixels(tmp_path):
     model = tiny("vit")
     mean, deviation = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -206,6 +215,23 @@ class OfThisPictureAlone(nn.Module):
         return self.conv(x).mean(dim=(2, 3))
 
 
+class Aside(Convolutions):
+    """A layer that the pass does not reach, and one that it reaches twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.unreached, self.twice = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return super().forward(self.twice(self.twice(x)))
+
+
+class ZeroHead(Convolutions):
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+
+
 class Dense(Convolutions):
     def forward(self, x):
         return self.body(x)
@@ -220,12 +246,19 @@ class Dense(Convolutions):
         (Convolutions, picture()[0], {}, ValueError, "unsqueeze"),
         (Convolutions, picture(), {"target_layer": nn.Linear(1, 1)}, ValueError, "Linear is not part of this"),
         (Convolutions, picture(), {"gamma": -1}, ValueError, "gamma is a number of at least 0"),
+        (ZeroHead, picture(), {}, ValueError, "gradient of the scores is zero everywhere"),
+        (Aside, picture(), {"target_layer": "unreached"}, ValueError, "unreached runs 0 times .*find_target_layers"),
+        (Aside, picture(), {"target_layer": "twice"}, ValueError, "twice runs 2 times in a pass"),
+        (Convolutions, picture(), {"target_layer": "head"}, ValueError, "head returns shape .*find_target_layers"),
     ],
 )
 def test_what_is_wrong_is_said_and_no_file_is_left(tmp_path, model_class, pixel_values, options, kind, message):
     torch.manual_seed(0)
+    model = model_class().eval()
+    if isinstance(options.get("target_layer"), str):
+        options = {"target_layer": model.get_submodule(options["target_layer"])}
     with pytest.raises(kind, match=message):
-        to_onnx(model_class().eval(), pixel_values, tmp_path / "explained.onnx", **options)
+        to_onnx(model, pixel_values, tmp_path / "explained.onnx", **options)
     assert not list(tmp_path.iterdir())
 
 

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from xai_helpers.balance import balanced_gradients, check_rules_reach, choices
 from xai_helpers.cam import depths_of, map_over_depths
 from xai_helpers.cuts import tensors_of_modules
-from xai_helpers.layers import NO_GRADIENT, TargetLayer, modules_and_transform
+from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.pictures import as_linear
-from xai_helpers.reshape import layer_to_map
+from xai_helpers.reshape import ADVICE, layer_to_map
 from xai_helpers.wrappers import LogitsModel, frozen, input_for, layer_path
 
 CLOSE = 1e-3  # of the largest value
@@ -78,7 +78,7 @@ def to_onnx(
         processor: the model's image processor; then the file takes uint8 pixels, (1, height, width, 3), red, green and
             blue, already resized and cropped, and does the rest. None: it takes what pixel_values is.
         half: whether weights are stored in half precision. They are rounded, and computed with in single precision.
-        gamma: as in `balanced_gradients`; with 0 the file is smaller and faster.
+        gamma: as in `balanced_gradients`.
 
     Returns:
         An `Exported`. The file's metadata has "labels" (a JSON list), "size", "method" and "versions".
@@ -199,7 +199,10 @@ def _balanced(scorer, pixel_values, weights, gamma):
     source, tensors, outputs, scores = run(pixel_values)
     if not scores.requires_grad:
         raise ValueError(NO_GRADIENT)
-    depths = depths_of((scores * weights).sum(), source, tensors, outputs)
+    score = (scores * weights).sum()
+    depths = depths_of(score, source, tensors, outputs)
+    if not torch.autograd.grad(score, source)[0].any():
+        raise ValueError(ZERO_GRADIENT)
 
     def explanation(image, weights):
         source, tensors, _, scores = run(image)
@@ -215,10 +218,17 @@ def _grad_cam(scorer, path, reshape_transform):
     """The same for Grad-CAM at a layer."""
     layer, caught = scorer.model.get_submodule(path), []
 
+    def at_layer(module, inputs, output):
+        layer_to_map(output, reshape_transform, path)
+        caught.append(output)
+        return output.clone()  # on which a later step may work in place
+
     def explanation(image, weights):
         caught.clear()
-        with layer.register_forward_hook(lambda module, inputs, output: caught.append(output)):
+        with layer.register_forward_hook(at_layer):
             scores = scorer(image.detach().requires_grad_().clone())
+        if len(caught) != 1:
+            raise ValueError(f"target layer {path} runs {len(caught)} times in a pass, wanted once; {ADVICE}")
         (output,) = caught
         maps = layer_to_map(output, reshape_transform, path)
         (gradient,) = torch.autograd.grad((scores * weights).sum(), output)
