@@ -137,6 +137,20 @@ def test_grad_cam_at_a_layer(tmp_path, name):
     assert about["method"] == f"Grad-CAM at {layer.path}"
 
 
+def test_grad_cam_can_come_with_the_other_maps_from_the_same_weights(tmp_path):
+    model = tiny("vit")
+    layer = find_target_layers(model, picture()).cam
+    made = to_onnx(model, picture(), tmp_path / "both.onnx", grad_cam_at=layer)
+    _, _, heat, grad_cam = run(made.path, picture(2), [0, 0, 1, 0])
+    np.testing.assert_allclose(heat, explain(model, picture(2), 2), atol=1e-3)
+    np.testing.assert_allclose(grad_cam, explain(model, picture(2), 2, layer), atol=1e-3)
+    assert made.outputs["grad_cam_map"] == ("tensor(float)", [1, 32, 32]) and made.differences["grad_cam_map"] < 1e-3
+    about = {entry.key: entry.value for entry in onnx.load(made.path).metadata_props}
+    assert about["second_method"] == f"Grad-CAM at {layer.path}"
+    sizes = [onnx.numpy_helper.to_array(one).size for one in onnx.load(made.path).graph.initializer]
+    assert sizes.count(3 * 8 * 8 * 16) == 1  # the patch embedding, the largest
+
+
 def test_grad_cam_before_a_step_in_place_is_that_of_explain(tmp_path):
     """A ReLU works in place on what the layer has put out."""
     model = tiny("convolutions")
@@ -266,6 +280,8 @@ def test_several_layers_are_refused(tmp_path):
     model = tiny("convolutions")
     with pytest.raises(ValueError, match="export each by itself"):
         to_onnx(model, picture(), tmp_path / "explained.onnx", [model.body[3], model.body[6]])
+    with pytest.raises(ValueError, match="several target layers: export each by itself"):
+        to_onnx(model, picture(), tmp_path / "explained.onnx", grad_cam_at=[model.body[3], model.body[6]])
 
 
 def test_without_its_packages_it_says_which_to_install(tmp_path, monkeypatch):

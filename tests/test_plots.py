@@ -5,9 +5,10 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 from rehearsal import accelerator
+from skimage.color import rgb2lab
 
 from xai_helpers.concepts import Concepts
-from xai_helpers.plots import CONCEPT_COLOURS, overlay, show_concepts, show_maps
+from xai_helpers.plots import CONCEPT_COLOURS, DIM, HEAT, HEAT_AGAINST, OPACITY, overlay, show_concepts, show_maps
 
 
 @pytest.fixture(autouse=True)
@@ -26,37 +27,73 @@ def panels(figure):
     return [ax for ax in figure.axes if ax.get_images()]
 
 
-def redness(pixels):
-    """How much of the light is red: a third for grey."""
-    pixels = np.asarray(pixels, float)
-    return pixels[..., 0] / pixels.sum(axis=-1)
+def lightness(pixels):
+    """CIE L*, 0 for black and 100 for white."""
+    return rgb2lab(np.asarray(pixels) / 255)[..., 0]
 
 
-def test_a_zero_map_leaves_the_grey_picture():
+def test_a_zero_map_leaves_the_dimmed_grey_picture():
     # ITU-R 601: 0.299 R + 0.587 G + 0.114 B.
     found = overlay(flat(colour=(200, 100, 50)), np.zeros((4, 6)))
     assert found.dtype == np.uint8 and found.shape == (32, 48, 3)
-    assert (np.abs(found.astype(float) - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) <= 1).all()
+    assert (np.abs(found - 255 * (0.04 + 0.36 * (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255)) <= 1).all()
 
 
-def test_overlay_is_the_redder_the_hotter():
+@pytest.mark.parametrize("grey", [0, 64, 128, 192, 255])
+@pytest.mark.parametrize("colours", [HEAT, HEAT_AGAINST])
+def test_the_higher_the_lighter_on_any_ground(grey, colours):
+    low, high = DIM
+    ground = low + (high - low) * grey / 255
+    seen = OPACITY[:, None] * colours + (1 - OPACITY[:, None]) * ground
+    steps = np.diff(lightness(255 * seen)[::15])  # 17 of them
+    assert (steps > 0.7).all()
+    if grey == 128:  # on a middling ground, evenly
+        assert steps.max() < 1.4 * steps.min()
+
+
+def test_overlay_goes_from_the_ground_to_the_last_colour():
     ramp = np.linspace(0, 1, 256)[None].repeat(2, axis=0)
-    shades = redness(overlay(flat(256, 2), ramp))[0]
-    assert shades[0] == pytest.approx(1 / 3, abs=0.01) and shades[-1] > 0.6
-    assert (np.diff(shades) > -0.01).all()  # up to rounding to 8 bits
-    assert (np.diff(shades[:240:16]) > 0).all()
+    found = overlay(flat(256, 2), ramp)[0]
+    ground = 0.04 + 0.36 * 128 / 255
+    np.testing.assert_allclose(found[0] / 255, ground, atol=0.005)
+    np.testing.assert_allclose(found[-1] / 255, 0.9 * np.array(to_rgb("#f7f770")) + 0.1 * ground, atol=0.005)
+
+
+# What the colour-blind see, in linear RGB (Machado et al., 2009, severity 1).
+BLINDNESS = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def as_seen_with(blindness, colours):
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.transpose(BLINDNESS[blindness]), 0, 1)
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_the_colour_blind_see_the_same_order_and_both_signs(blindness):
+    for_it, against_it = (
+        rgb2lab(as_seen_with(blindness, OPACITY[:, None] * colours + (1 - OPACITY[:, None]) * np.mean(DIM)))[::15]
+        for colours in (HEAT, HEAT_AGAINST)
+    )
+    for seen in (for_it, against_it):
+        assert (np.diff(seen[:, 0]) > 1).all()  # CIE L*
+    apart = np.linalg.norm(for_it - against_it, axis=1)
+    assert (apart[3:] > 20).all()  # CIE76: 2.3 can just be noticed
 
 
 def test_overlay_has_the_geometry_of_the_picture():
     heat = np.zeros((32, 48))
     heat[10, 20] = 1
-    shades = redness(overlay(flat(), heat))
+    shades = lightness(overlay(flat(), heat))
     assert np.unravel_index(shades.argmax(), shades.shape) == (10, 20)
     small = np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])  # a map of 2 x 3 for a picture of 32 x 48
-    shades = redness(overlay(flat(), small))
-    assert (shades[:8, 40:] > 0.6).all()
-    np.testing.assert_allclose(shades[24:], 1 / 3, atol=0.01)
-    np.testing.assert_allclose(shades[:, :24], 1 / 3, atol=0.01)
+    shades = lightness(overlay(flat(), small))
+    assert (shades[:8, 40:] > 80).all()
+    assert shades[24:].max() < 30 and shades[:, :24].max() < 30
 
 
 def test_what_is_no_map_is_named():
@@ -69,13 +106,13 @@ def test_what_is_no_map_is_named():
         overlay(flat(), np.array([[0.5, 3.0]]))
 
 
-HEAT = np.array([[[0, 0, 0, 0], [0, 0.5, 1, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]], np.float32)  # its peak: row 1, column 2
+MAPS = np.array([[[0, 0, 0, 0], [0, 0.5, 1, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]], np.float32)  # its peak: row 1, column 2
 ANSWER = np.zeros((1, 4, 4), bool)
 ANSWER[0, 1:3, 2:4] = True  # holds the peak and 0.5 beside it: 1.5 of 2
 
 
 def test_titles_say_what_the_scores_are():
-    figure = show_maps(flat(), np.concatenate([HEAT] * 3), ["cat", "coin", "none"],
+    figure = show_maps(flat(), np.concatenate([MAPS] * 3), ["cat", "coin", "none"],
                        answers=np.stack([ANSWER[0], ~ANSWER[0], np.eye(4, dtype=bool)]))  # fmt: skip
     titles = [ax.get_title() for ax in panels(figure)]
     # The diagonal holds the 0.5 of row 1 but not the peak, and the 0.5 of row 2.
@@ -83,14 +120,14 @@ def test_titles_say_what_the_scores_are():
 
 
 def test_without_answers_titles_are_as_given():
-    figure = show_maps(flat(), HEAT, ["cat"])
+    figure = show_maps(flat(), MAPS, ["cat"])
     assert [ax.get_title() for ax in panels(figure)] == ["what the model saw", "cat"]
-    assert [ax.get_title() for ax in panels(show_maps(flat(), HEAT, "cat"))] == ["what the model saw", "cat"]
+    assert [ax.get_title() for ax in panels(show_maps(flat(), MAPS, "cat"))] == ["what the model saw", "cat"]
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 8])
 def test_one_panel_for_the_picture_and_one_a_map(n):
-    figure = show_maps(flat(), HEAT.repeat(n, axis=0), [str(i) for i in range(n)])
+    figure = show_maps(flat(), MAPS.repeat(n, axis=0), [str(i) for i in range(n)])
     assert [ax.get_title() for ax in panels(figure)] == ["what the model saw"] + [str(i) for i in range(n)]
     assert not any(ax.axison for ax in figure.axes if not ax.get_label() == "<colorbar>")
     (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
@@ -98,23 +135,23 @@ def test_one_panel_for_the_picture_and_one_a_map(n):
 
 
 def test_maps_may_have_sizes_of_their_own():
-    large = np.kron(HEAT[0], np.ones((2, 2), np.float32))
-    figure = show_maps(flat(), [HEAT[0], large], ["small", "large"], answers=ANSWER.repeat(2, axis=0))
+    large = np.kron(MAPS[0], np.ones((2, 2), np.float32))
+    figure = show_maps(flat(), [MAPS[0], large], ["small", "large"], answers=ANSWER.repeat(2, axis=0))
     titles = [ax.get_title() for ax in panels(figure)[1:]]
     assert titles == ["small\nhit, 75% inside", "large\nhit, 75% inside"]
 
 
 @pytest.mark.parametrize(("n", "grid"), [(1, (1, 2)), (3, (1, 4)), (4, (2, 3)), (5, (2, 3)), (7, (2, 4)), (8, (3, 3))])
 def test_panels_leave_few_places_empty(n, grid):
-    figure = show_maps(flat(), HEAT.repeat(n, axis=0), [str(i) for i in range(n)])
+    figure = show_maps(flat(), MAPS.repeat(n, axis=0), [str(i) for i in range(n)])
     assert figure.axes[0].get_subplotspec().get_gridspec().get_geometry() == grid
 
 
 def test_panels_show_the_picture_and_the_overlays():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
-    first, second = panels(show_maps(picture, HEAT, ["cat"]))
+    first, second = panels(show_maps(picture, MAPS, ["cat"]))
     np.testing.assert_array_equal(first.get_images()[0].get_array(), np.asarray(picture))
-    np.testing.assert_array_equal(second.get_images()[0].get_array(), overlay(picture, HEAT[0]))
+    np.testing.assert_array_equal(second.get_images()[0].get_array(), overlay(picture, MAPS[0]))
 
 
 def crosses(ax):
@@ -124,11 +161,11 @@ def crosses(ax):
 def test_the_cross_lies_on_the_peak():
     # A map's pixel is 32 x 16 of the picture's. The middle of column 2 is 2.5 * 32, of row 1 it is 1.5 * 16; pixel
     # centres are whole numbers on an axis with a picture.
-    _, ax = panels(show_maps(flat(128, 64), HEAT, ["cat"]))
+    _, ax = panels(show_maps(flat(128, 64), MAPS, ["cat"]))
     assert crosses(ax) == [[[79.5, 23.5]]]
-    _, ax = panels(show_maps(flat(4, 4), HEAT, ["cat"]))
+    _, ax = panels(show_maps(flat(4, 4), MAPS, ["cat"]))
     assert crosses(ax) == [[[2, 1]]]
-    _, ax = panels(show_maps(flat(4, 4), 0 * HEAT, ["cat"], answers=ANSWER))
+    _, ax = panels(show_maps(flat(4, 4), 0 * MAPS, ["cat"], answers=ANSWER))
     assert crosses(ax) == [] and ax.get_title() == "cat\nmiss, 0% inside"
 
 
@@ -158,7 +195,7 @@ def test_of_several_peaks_the_cross_lies_where_the_title_says(factor):
 @pytest.mark.parametrize("factor", [1, 4])
 def test_the_outline_runs_along_the_edge_of_the_answer(factor):
     answer = ANSWER.repeat(factor, axis=1).repeat(factor, axis=2)
-    _, ax = panels(show_maps(flat(128, 64), HEAT, ["cat"], answers=answer))
+    _, ax = panels(show_maps(flat(128, 64), MAPS, ["cat"], answers=answer))
     assert len(ax.collections) == 2  # a dark line under a white one
     for contour in ax.collections:
         points = np.concatenate([path.vertices for path in contour.get_paths()])
@@ -170,17 +207,17 @@ def test_the_outline_runs_along_the_edge_of_the_answer(factor):
 
 @pytest.mark.filterwarnings("error")
 def test_an_answer_that_a_crop_cut_off_is_a_miss():
-    _, ax = panels(show_maps(flat(), HEAT, ["cat"], answers=np.zeros((1, 4, 4), bool)))
+    _, ax = panels(show_maps(flat(), MAPS, ["cat"], answers=np.zeros((1, 4, 4), bool)))
     assert ax.get_title() == "cat\nmiss, 0% inside"
 
 
 def test_maps_titles_and_answers_are_to_be_as_many():
     with pytest.raises(ValueError, match="1 maps need as many titles and answers, not 2 and none"):
-        show_maps(flat(), HEAT, ["cat", "coin"])
+        show_maps(flat(), MAPS, ["cat", "coin"])
     with pytest.raises(ValueError, match="not 1 and 2"):
-        show_maps(flat(), HEAT, ["cat"], answers=np.concatenate([ANSWER, ANSWER]))
+        show_maps(flat(), MAPS, ["cat"], answers=np.concatenate([ANSWER, ANSWER]))
     with pytest.raises(ValueError, match="in \\[0, 1\\]"):
-        show_maps(flat(), 2 * HEAT, ["cat"])
+        show_maps(flat(), 2 * MAPS, ["cat"])
 
 
 def concepts(n):

@@ -1,6 +1,7 @@
 """Maps of many categories from one forward pass: without a layer by balanced gradients, with one by grad-cam's CAMs."""
 
 import contextlib
+import functools
 import inspect
 import math
 import warnings
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch.nn import functional as F
 
 from xai_helpers.balance import balanced_gradients, check_rules_reach
@@ -208,12 +210,16 @@ def map_over_depths(
     for tensor, gradient, lay_out in zip(looked_at, gradients, lay_outs, strict=True):
         values, gradient = lay_out(tensor.detach()), lay_out(gradient)
         centred = values - CENTRE * values.mean(dim=(2, 3), keepdim=True)
-        relevance = (centred * gradient).sum(dim=1, keepdim=True)
-        maps.append(F.interpolate(relevance, size, mode="bilinear", align_corners=False))
-    smooth = _smoothed(torch.cat(maps))
-    shares = smooth / smooth.abs().sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-20)
+        relevance = (centred * gradient).sum(dim=(0, 1))
+        to_rows, to_columns = (
+            torch.from_numpy(_enlarging(n, wanted, BLUR * max(size))).to(relevance)
+            for n, wanted in zip(relevance.shape, size, strict=True)
+        )
+        maps.append(to_rows @ relevance @ to_columns.T)
+    smooth = torch.stack(maps)
+    shares = smooth / smooth.abs().sum(dim=(1, 2), keepdim=True).clamp(min=1e-20)
     n_early = 1 + math.ceil(len(depths) / 2)
-    early, late = shares[:n_early].sum(dim=(0, 1)), shares[n_early:].sum(dim=(0, 1))
+    early, late = shares[:n_early].sum(dim=0), shares[n_early:].sum(dim=0)
     has_late = late.abs().sum() > 0  # not where CLS has it all
 
     def towards(sign):
@@ -224,18 +230,13 @@ def map_over_depths(
     return heat / heat.abs().amax(dim=(0, 1)).clamp(min=1e-30)
 
 
-def _smoothed(maps):
-    """Blurred by a Gaussian, (n, 1, height, width)."""
-    for side in (2, 3):
-        sigma = BLUR * max(maps.shape[2:])
-        reach = min(int(3 * sigma + 0.5), maps.shape[side] - 1)
-        steps = torch.arange(2 * reach + 1, device=maps.device, dtype=maps.dtype) - reach
-        kernel = torch.exp(-((steps / sigma) ** 2) / 2)
-        shape = [1, 1, 1, 1]
-        shape[side] = len(steps)
-        around = (0, 0, reach, reach) if side == 2 else (reach, reach, 0, 0)
-        maps = F.conv2d(F.pad(maps, around, mode="reflect"), (kernel / kernel.sum()).reshape(shape))
-    return maps
+@functools.lru_cache(maxsize=64)
+def _enlarging(n, size, sigma):
+    """A float32 matrix (size, n): n values enlarged bilinearly, then blurred by a Gaussian that the border reflects."""
+    at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+    lines = np.stack([np.interp(at, np.arange(n), one) for one in np.eye(n)], axis=1)
+    reach = min(int(3 * sigma + 0.5), size - 1)
+    return gaussian_filter1d(lines, sigma, axis=0, mode="mirror", radius=reach).astype(np.float32)
 
 
 def _masking_cam(method):

@@ -25,7 +25,7 @@ from xai_helpers.wrappers import LogitsModel, frozen, input_for, layer_path
 CLOSE = 1e-3  # of the largest value
 AGREEING = 0.999  # of the pixels
 FOLDED = 1024  # values at most of a constant that is computed beforehand: no weights
-OUTPUTS = ["scores", "signed_map", "map"]
+OUTPUTS, SECOND = ["scores", "signed_map", "map"], "grad_cam_map"
 
 aten = torch.ops.aten
 
@@ -60,6 +60,7 @@ def to_onnx(
     processor: Any = None,
     half: bool = False,
     gamma: float = 0.25,
+    grad_cam_at: torch.nn.Module | TargetLayer | None = None,
 ) -> Exported:
     """Writes a model and its explanation to one ONNX file, and checks it against the model.
 
@@ -79,6 +80,8 @@ def to_onnx(
             blue, already resized and cropped, and does the rest. None: it takes what pixel_values is.
         half: whether weights are stored in half precision. They are rounded, and computed with in single precision.
         gamma: as in `balanced_gradients`.
+        grad_cam_at: a layer for a fourth output, "grad_cam_map": Grad-CAM's map, as a second opinion from the same
+            weights. A layer that needs a reshape transform is given as a `TargetLayer`.
 
     Returns:
         An `Exported`. The file's metadata has "labels" (a JSON list), "size", "method" and "versions".
@@ -100,12 +103,8 @@ def to_onnx(
     """
     _check_installed()
     pixel_values = input_for(model, pixel_values).cpu()
-    place = None
-    if target_layer is not None:
-        (layer, *more), reshape_transform = modules_and_transform(target_layer, reshape_transform)
-        if more:
-            raise ValueError("there are several target layers: export each by itself")
-        place = layer_path(model, layer), reshape_transform
+    place = None if target_layer is None else _place(model, target_layer, reshape_transform)
+    second = None if grad_cam_at is None else _place(model, grad_cam_at)
     scorer = LogitsModel(copy.deepcopy(model).cpu())
     if half:
         for tensor in scorer.parameters():
@@ -119,20 +118,24 @@ def to_onnx(
             explanation = _balanced(scorer, pixel_values, weights, gamma)
         else:
             explanation = _grad_cam(scorer, *place)
+        names = OUTPUTS
+        if second is not None:
+            names, explanation = [*OUTPUTS, SECOND], _with_a_second(explanation, _grad_cam(scorer, *second))
         image = pixel_values
         if processor is not None:
             image, explanation = _from_pixels(explanation, processor, pixel_values)
-        program = _program(explanation, image, weights)
+        program = _program(explanation, image, weights, names)
         about = {
             "labels": json.dumps(_labels(model, weights.shape[1])),
             "size": json.dumps(list(pixel_values.shape[2:])),
             "method": "balanced gradients" if place is None else f"Grad-CAM at {place[0]}",
+            "second_method": "" if second is None else f"Grad-CAM at {second[0]}",
             "versions": json.dumps({"torch": torch.__version__, "python": platform.python_version()}),
         }
         draft = Path(path).with_name(f"{Path(path).name}.draft")
         try:
             nodes = _write(program, draft, about, half)
-            differences = _differences(draft, explanation, image, weights)
+            differences = _differences(draft, explanation, image, weights, names)
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
@@ -141,6 +144,14 @@ def to_onnx(
         {one.name: (one.type, one.shape) for one in some} for some in (session.get_inputs(), session.get_outputs())
     )
     return Exported(Path(path), inputs, outputs, differences, nodes, Path(path).stat().st_size / 1e6)
+
+
+def _place(model, target_layer, reshape_transform=None):
+    """A layer's path and its reshape transform."""
+    (layer, *more), reshape_transform = modules_and_transform(target_layer, reshape_transform)
+    if more:
+        raise ValueError("there are several target layers: export each by itself")
+    return layer_path(model, layer), reshape_transform
 
 
 def _check_installed():
@@ -247,6 +258,15 @@ def _grad_cam(scorer, path, reshape_transform):
     return explanation
 
 
+def _with_a_second(explanation, second):
+    """An explanation with the map of another one behind it."""
+
+    def both(image, weights):
+        return *explanation(image, weights), second(image, weights)[2]
+
+    return both
+
+
 def _from_pixels(explanation, processor, pixel_values):
     """A picture in uint8 that is (nearly) that of some pixel values, and the explanation of such."""
     matrix, offset = (torch.from_numpy(values) for values in as_linear(processor))
@@ -300,7 +320,7 @@ def _decompositions():
     return table
 
 
-def _program(explanation, image, weights):
+def _program(explanation, image, weights, names):
     """The explanation as an ONNX program: traced, without writes in place, and exported."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -324,7 +344,7 @@ def _program(explanation, image, weights):
             optimize=False,
             verbose=False,
             input_names=["image", "weights"],
-            output_names=OUTPUTS,
+            output_names=names,
         )
     except torch.onnx.errors.OnnxExporterError as error:
         causes, cause = [], error
@@ -344,7 +364,7 @@ def _write(program, path, about, half):
     graph = program.model
     optimizer.optimize_ir(graph, input_size_limit=FOLDED, output_size_limit=FOLDED)
     for tidy in (
-        common.DeduplicateInitializersPass,
+        lambda: common.DeduplicateInitializersPass(size_limit=2**31),
         common.CommonSubexpressionEliminationPass,
         common.RemoveUnusedNodesPass,
         common.ClearMetadataAndDocStringPass,
@@ -389,7 +409,7 @@ def _session(path):
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _differences(path, explanation, image, weights):
+def _differences(path, explanation, image, weights, names):
     """Output -> the largest difference to torch, as a share of the largest value, on this picture and a random one.
 
     Where an activation is zero but for rounding, its gate falls either way. So a thousandth of the pixels may differ,
@@ -402,7 +422,7 @@ def _differences(path, explanation, image, weights):
     contrast = weights - weights.roll(1, dims=1)  # one category rather than the one beside it
 
     def compared(one, asked):
-        given = session.run(OUTPUTS, {"image": one.numpy(), "weights": asked.numpy()})
+        given = session.run(names, {"image": one.numpy(), "weights": asked.numpy()})
         found = []
         for mine, wanted in zip(given, explanation(one, asked), strict=True):
             wanted = wanted.numpy(force=True)
@@ -416,7 +436,7 @@ def _differences(path, explanation, image, weights):
         return image.mean() + image.std() * torch.randn(image.shape, generator=generator)
 
     at_random = min((compared(random(), contrast) for _ in range(3)), key=max)
-    found = dict(zip(OUTPUTS, map(max, compared(image, weights), at_random), strict=True))
+    found = dict(zip(names, map(max, compared(image, weights), at_random), strict=True))
     worst = max(found, key=found.__getitem__)
     if not found[worst] <= CLOSE:
         raise ValueError(

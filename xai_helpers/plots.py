@@ -1,4 +1,4 @@
-"""Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], transparent to dark red."""
+"""Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], from nothing to a bright glow."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,8 +7,9 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from xai_helpers.pictures import read_picture
@@ -17,15 +18,25 @@ from xai_helpers.scoring import energy_inside, hits, resize_masks, without_devic
 if TYPE_CHECKING:
     from xai_helpers.concepts import Concepts
 
-GREY = 0.55  # the grey under the colour bar, that of a middling picture
-OPACITY = np.linspace(0, 0.85, 256) ** 0.7
-HEAT = plt.get_cmap("YlOrRd")(np.linspace(0.15, 1, 256))[:, :3]
-HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None]) * GREY)
+DIM = 0.04, 0.4  # from black to white, the greys of a picture under a map: all are darker than the map's colours
+#: So that over a middling grey each step of a map is as much lighter as any other.
+_AT, _OPACITY = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1], [0, 0.12, 0.22, 0.37, 0.48, 0.58, 0.65, 0.77, 0.9]
+OPACITY = np.interp(np.linspace(0, 1, 256), _AT, _OPACITY)
+
+
+def _glow(*colours):
+    return LinearSegmentedColormap.from_list("glow", colours)(np.linspace(0, 1, 256))[:, :3]
+
+
+#: What speaks for a category, and what against it: (256, 3) each, told apart and in order for the colour-blind, too.
+HEAT = _glow("#d849a0", "#ff587a", "#ff8055", "#ffac42", "#ffd44e", "#f7f770")
+HEAT_AGAINST = _glow("#6a76e9", "#2699ff", "#00b8ff", "#00d3ff", "#4cebff", "#85ffff")
+HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None]) * np.mean(DIM))
 CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
 
 
 def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.ndarray:
-    """Lay a map over a grey version of the image: the higher the value, the redder and the less transparent.
+    """Lay a map over a dimmed grey version of the image: the higher the value, the brighter and the less transparent.
 
     Args:
         image: a picture, any mode.
@@ -51,7 +62,8 @@ def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.nd
     image = read_picture(image)
     index = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR) * 255, 0, 255).round().astype(int)
     opacity = OPACITY[index][..., None]
-    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    low, high = DIM
+    grey = low + (high - low) * np.asarray(image.convert("L"), np.float32)[..., None] / 255
     return ((opacity * HEAT[index] + (1 - opacity) * grey) * 255).round().astype(np.uint8)
 
 
@@ -126,6 +138,7 @@ def show_maps(
                 color="black",
                 markersize=11,
                 markeredgewidth=1.8,
+                path_effects=[withStroke(linewidth=4.2, foreground="white")],  # seen on any ground
                 clip_on=False,  # at an edge half of it would be lost
             )
         ax.set_title(title)
