@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 NO_CHAPTERS = {".ipynb_checkpoints", "student"}
 CHAPTERS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if not NO_CHAPTERS & set(p.parts))
+ANSWER_FIRST = {"recipes", "clip", "methods"}  # chapters that begin with the shortest code that does it
 BUDGET = 30  # seconds on one core
 MAX_LINES = 12  # ten, and two for a call that is easier to read over several lines
 
@@ -88,14 +89,54 @@ def test_chapter_is_stored_without_outputs(path):
         assert not cell["outputs"] and cell["execution_count"] is None, "run: make strip"
 
 
+def answers_first(path):
+    return path.parent.name in ANSWER_FIRST
+
+
 @each_chapter
 def test_chapter_has_goals_and_a_recap(path):
     first, *_, last = cells(path)
     assert first["cell_type"] == last["cell_type"] == "markdown"
     assert source(first).startswith("# ")
-    assert len(bullets(first)) == 3, "the first cell names three goals"
-    assert re.search(r"^## .*recap", source(last), flags=re.MULTILINE | re.IGNORECASE)
-    assert bullets(last)[:3] == bullets(first), "the last cell repeats the goals"
+    if answers_first(path):
+        assert not bullets(first), "the goals are one line"
+        assert len(source(first).split("\n\n")) == 2 and len(source(first)) < 330, "a title, and a line of goals"
+        *_, heading, findings, last = cells(path)
+        assert source(heading).endswith("## Three findings") and "findings" in findings["metadata"]["tags"]
+        assert len(re.findall(r"^- ", source(findings), flags=re.MULTILINE)) == 3
+        assert source(findings).count("{") >= 3, "findings have numbers of this page"
+        assert "Where to go next" in source(last)
+    else:
+        assert len(bullets(first)) == 3, "the first cell names three goals"
+        assert re.search(r"^## .*recap", source(last), flags=re.MULTILINE | re.IGNORECASE)
+        assert bullets(last)[:3] == bullets(first), "the last cell repeats the goals"
+
+
+@each_chapter
+def test_the_answer_comes_first(path):
+    """The shortest code that does it, with its picture; then the numbers."""
+    if not answers_first(path):
+        return
+    answer, numbers = cells(path)[2:4]
+    assert answer["cell_type"] == numbers["cell_type"] == "code"
+    assert "figure" in answer["metadata"]["mystnb"] and "hide-input" not in answer["metadata"].get("tags", [])
+    assert "claims" not in numbers["metadata"].get("tags", [])
+
+
+@each_chapter
+def test_claims_are_shown_as_a_table(path):
+    claims = [source(cell) for cell in cells(path, "code") if "claims" in cell["metadata"].get("tags", [])]
+    if answers_first(path):
+        assert len(claims) == 1 and "check_claims(" in claims[0].splitlines()[-1]
+        assert not re.search(r"^ *assert ", claims[0], flags=re.MULTILINE)
+
+
+@each_chapter
+def test_no_line_of_code_is_wrapped(path):
+    if answers_first(path):
+        for cell in cells(path, "code"):
+            if not {"remove-cell", "hide-input"} & set(cell["metadata"].get("tags", [])):
+                assert max(map(len, source(cell).splitlines()), default=0) <= 88, source(cell)
 
 
 @each_chapter
@@ -108,6 +149,8 @@ def test_second_cell_installs_the_package_in_colab(path):
 @each_chapter
 def test_code_cells_are_short(path):
     for cell in cells(path, "code"):
+        if {"claims", "findings"} & set(cell["metadata"].get("tags", [])) and answers_first(path):
+            continue  # folded
         lines = [line for line in source(cell).splitlines() if not line.lstrip().startswith(("###", "# Hint:"))]
         assert len(lines) <= MAX_LINES, source(cell)
 

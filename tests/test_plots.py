@@ -1,5 +1,8 @@
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgb
@@ -8,7 +11,18 @@ from rehearsal import accelerator
 from skimage.color import rgb2lab
 
 from xai_helpers.concepts import Concepts
-from xai_helpers.plots import CONCEPT_COLOURS, DIM, HEAT, HEAT_AGAINST, OPACITY, overlay, show_concepts, show_maps
+from xai_helpers.plots import (
+    CONCEPT_COLOURS,
+    DIM,
+    HEAT,
+    HEAT_AGAINST,
+    OPACITY,
+    compare_maps,
+    overlay,
+    show_concepts,
+    show_maps,
+    show_scores,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -298,3 +312,45 @@ def test_maps_and_answers_may_be_tensors_on_any_device():
             for ax, other in zip(panels(found), panels(wanted), strict=True):
                 assert ax.get_title() == other.get_title()
                 np.testing.assert_array_equal(ax.get_images()[0].get_array(), other.get_images()[0].get_array())
+
+
+def test_a_matrix_has_a_row_a_question_and_a_column_a_method():
+    heats = np.concatenate([MAPS, MAPS[:, :, ::-1]])
+    answers = np.concatenate([ANSWER] * 2)
+    figure = compare_maps(flat(), {"one": heats, "two": heats[::-1]}, ["cat", "coin"], answers)
+    found = panels(figure)
+    assert len(found) == 6
+    assert [ax.get_title() for ax in found] == ["picture", "one", "two", "", "", ""]
+    assert [ax.get_ylabel() for ax in found] == ["cat", "", "", "coin", "", ""]
+    words = [ax.get_xlabel() for ax in found]
+    assert words[0] == words[3] == "" and words[1] == words[5] and words[2] == words[4]
+    alone = panels(show_maps(flat(), heats, ["cat", "coin"], answers))
+    assert [ax.get_title() for ax in alone[1:]] == [f"cat\n{words[1]}", f"coin\n{words[4]}"]
+    np.testing.assert_array_equal(found[5].get_images()[0].get_array(), overlay(flat(), heats[0]))
+
+
+def test_a_matrix_takes_pictures_of_their_own_and_needs_no_answers():
+    pictures = [flat(), flat(32, 48, (10, 20, 30))]
+    found = panels(compare_maps(pictures, {"one": [MAPS[0], MAPS[0].T]}, ["wide", "high"]))
+    assert [ax.get_images()[0].get_array().shape[:2] for ax in found] == [(32, 48)] * 2 + [(48, 32)] * 2
+    assert {ax.get_xlabel() for ax in found} == {""}
+
+
+def test_a_matrix_that_does_not_fit_is_refused():
+    for images, maps, rows, answers in (
+        (flat(), {"one": MAPS}, ["cat", "coin"], None),
+        ([flat()] * 2, {"one": MAPS}, "cat", None),
+        (flat(), {}, "cat", None),
+        (flat(), {"one": MAPS}, "cat", np.concatenate([ANSWER] * 2)),
+    ):
+        with pytest.raises(ValueError, match="rows need as many images, maps of each method, and answers"):
+            compare_maps(images, maps, rows, answers)
+
+
+def test_the_best_of_each_column_is_bold():
+    columns = {"pointing": [0.9, 0.5, 0.9], "energy": [0.1, 0.123, 0.1], "on the other": [0.2, 0, 0.1], "maps": [9, 9, 9]}
+    page = show_scores(pd.DataFrame(columns, index=["a", "b", "c"])).to_html()
+    rules = re.findall(r"([^{}]+)\{\s*font-weight: bold", page)
+    bold = set(re.findall(r"row\d_col\d", " ".join(rules)))
+    assert bold == {"row0_col0", "row2_col0", "row1_col1", "row1_col2"}
+    assert ">0.12<" in page

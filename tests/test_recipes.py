@@ -200,3 +200,24 @@ def test_recipe_fits_the_published_shape(name):
     model = build(published.config, pixel_values)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published.millions, abs=0.05)
     check_recipe(name, model, pixel_values, (published.positions, published.positions))
+
+
+def test_the_ways_to_explain_are_the_calls_that_they_name():
+    model, processor = load("swin", "bundled", device="cpu")
+    [example] = examples(model, processor, 1)
+    ways = RECIPES["swin"].ways(model, example.pixel_values)
+    calls = {
+        "balanced gradients": {},
+        "HiResCAM at layers[-1].blocks[0].layernorm_before": {
+            "target_layer": RECIPES["swin"].cam(model, example.pixel_values), "method": pytorch_grad_cam.HiResCAM,
+        },
+        "published: Grad-CAM at layernorm": {
+            "target_layer": RECIPES["swin"].sweep(model, example.pixel_values)["layernorm"],
+        },
+    }  # fmt: skip
+    assert list(ways) == [*calls, "published: Grad-CAM at layers[-1].blocks[-1].layernorm_before"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, options in calls.items():
+            wanted = explain(model, example.pixel_values, example.categories, **options)
+            np.testing.assert_array_equal(ways[name](example.pixel_values, example.categories), wanted)

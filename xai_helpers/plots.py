@@ -1,15 +1,17 @@
 """Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], from nothing to a bright glow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from pandas.io.formats.style import Styler
 from PIL import Image
 
 from xai_helpers.pictures import read_picture
@@ -32,6 +34,7 @@ def _glow(*colours):
 HEAT = _glow("#d849a0", "#ff587a", "#ff8055", "#ffac42", "#ffd44e", "#f7f770")
 HEAT_AGAINST = _glow("#6a76e9", "#2699ff", "#00b8ff", "#00d3ff", "#4cebff", "#85ffff")
 HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None]) * np.mean(DIM))
+HIGH, LOW = ["pointing", "energy", "average precision"], ["on the other"]  # where a map's score is best
 CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
 
 
@@ -121,30 +124,102 @@ def show_maps(
     axes.flat[0].imshow(image)
     axes.flat[0].set_title("what the model saw")
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
-        ax.imshow(overlay(image, heat, full_at))
-        at_maximum = heat == heat.max()
-        scale = np.array([image.height, image.width]) / heat.shape
-        if answers is not None:
-            outline(ax, answers[i], image)
-            hit, inside = hits(heat[None], answers[i][None])[0], energy_inside(heat[None], answers[i][None])[0]
-            title = f"{title}\n{'hit' if hit else 'miss'}, {inside:.0%} inside"
-            at_maximum &= resize_masks(answers[i][None], *heat.shape)[0] == hit  # the cross and the title agree
-        if heat.max() > 0:
-            peaks = np.argwhere(at_maximum)
-            peak = peaks[((peaks - peaks.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-            ax.plot(
-                *(peak + 0.5)[::-1] * scale[::-1] - 0.5,
-                "+",
-                color="black",
-                markersize=11,
-                markeredgewidth=1.8,
-                path_effects=[withStroke(linewidth=4.2, foreground="white")],  # seen on any ground
-                clip_on=False,  # at an edge half of it would be lost
-            )
+        words = _map_panel(ax, image, heat, None if answers is None else answers[i], full_at)
+        ax.set_title(f"{title}\n{words}" if words else title)
+    _colour_bar(figure, axes, full_at)
+    return figure
+
+
+def compare_maps(
+    images: Image.Image | Sequence[Image.Image],
+    maps: Mapping[str, np.ndarray | Sequence[np.ndarray]],
+    rows: str | Sequence[str],
+    answers: np.ndarray | Sequence[np.ndarray] | None = None,
+    full_at: float = 1.0,
+) -> Figure:
+    """A matrix of maps: a row for each question, a column for each method, one scale for all.
+
+    Args:
+        images: the picture of each row, or one for all; as in `show_maps`.
+        maps: method -> its maps, one a row, as in `show_maps`.
+        rows: what is asked in each row, such as the category.
+        answers: bool masks, one a row: drawn as outlines, with the scores of each map in its cell.
+        full_at: as in `overlay`.
+
+    Returns:
+        The matplotlib figure, with the pictures in its first column.
+
+    Raises:
+        ValueError: the numbers of images, maps, rows and answers differ; there is no method.
+
+    Example:
+        >>> heat = np.eye(4)[None, :1].repeat(4, axis=1)
+        >>> figure = compare_maps(Image.new("RGB", (64, 64)), {"one": heat, "two": 1 - heat}, "cat", heat > 0)
+        >>> [ax.get_title() for ax in figure.axes[:3]], figure.axes[1].get_xlabel()
+        (['picture', 'one', 'two'], 'hit, 100% inside')
+        >>> plt.close(figure)
+    """
+    rows = [rows] if isinstance(rows, str) else list(rows)
+    images = [images] * len(rows) if isinstance(images, Image.Image) else list(images)
+    columns = {name: [np.asarray(without_device(one)) for one in found] for name, found in maps.items()}
+    answers = None if answers is None else [np.asarray(without_device(answer)) for answer in answers]
+    counts = {len(images), *map(len, columns.values()), *([] if answers is None else [len(answers)])}
+    if not columns or counts != {len(rows)}:
+        raise ValueError(f"{len(rows)} rows need as many images, maps of each method, and answers; and a method.")
+    images = [read_picture(image) for image in images]
+    width = max(1.2, min(2.4, 10 / (len(columns) + 1)))
+    heights = [width * image.height / image.width for image in images]
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns) + 1,
+        figsize=(width * (len(columns) + 1) + 0.9, sum(heights) + 0.35 * len(rows) + 0.35),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, title in zip(axes[0], ["picture", *columns], strict=True):
         ax.set_title(title)
+    for i, (image, row) in enumerate(zip(images, rows, strict=True)):
+        axes[i, 0].imshow(image)
+        axes[i, 0].set_ylabel(row)
+        for ax, found in zip(axes[i, 1:], columns.values(), strict=True):
+            answer = None if answers is None else answers[i]
+            ax.set_xlabel(_map_panel(ax, image, found[i], answer, full_at))
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    _colour_bar(figure, axes, full_at)
+    return figure
+
+
+def _map_panel(ax, image, heat, answer, full_at):
+    """Draws a map with its cross, and with an answer its outline; returns the scores in words, "" without an answer."""
+    ax.imshow(overlay(image, heat, full_at))
+    at_maximum, words = heat == heat.max(), ""
+    scale = np.array([image.height, image.width]) / heat.shape
+    if answer is not None:
+        outline(ax, answer, image)
+        hit, inside = hits(heat[None], answer[None])[0], energy_inside(heat[None], answer[None])[0]
+        words = f"{'hit' if hit else 'miss'}, {inside:.0%} inside"
+        at_maximum &= resize_masks(answer[None], *heat.shape)[0] == hit  # the cross and the words agree
+    if heat.max() > 0:
+        peaks = np.argwhere(at_maximum)
+        peak = peaks[((peaks - peaks.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+        ax.plot(
+            *(peak + 0.5)[::-1] * scale[::-1] - 0.5,
+            "+",
+            color="black",
+            markersize=11,
+            markeredgewidth=1.8,
+            path_effects=[withStroke(linewidth=4.2, foreground="white")],  # seen on any ground
+            clip_on=False,  # at an edge half of it would be lost
+        )
+    return words
+
+
+def _colour_bar(figure, axes, full_at):
     bar = figure.colorbar(ScalarMappable(cmap=HEAT_OVER_GREY), ax=axes, shrink=0.8, aspect=30, pad=0.02)
     bar.set_label("share of the maximum" if full_at == 1 else f"share of the {full_at:.3g} quantile")
-    return figure
 
 
 def outline(ax: plt.Axes, answer: np.ndarray, image: Image.Image) -> None:
@@ -157,6 +232,17 @@ def outline(ax: plt.Axes, answer: np.ndarray, image: Image.Image) -> None:
         )
         ax.contour(x, y, mask, levels=[0.5], colors=colour, linewidths=width)
     ax.set(xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
+
+
+def show_scores(table: pd.DataFrame) -> Styler:
+    """Shows the table of `scoring.score_table` with two digits, and the best scores of a map in bold.
+
+    "on the other" is best where it is low. Columns that are no scores, such as passes, have nothing in bold.
+    """
+    bold = {"props": "font-weight: bold", "axis": 0}
+    styled = table.style.format(precision=2)
+    styled = styled.highlight_max(subset=[column for column in table if column in HIGH], **bold)
+    return styled.highlight_min(subset=[column for column in table if column in LOW], **bold)
 
 
 def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str]) -> Figure:

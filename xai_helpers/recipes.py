@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from xai_helpers.cam import explain
 from xai_helpers.layers import TargetLayer
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.wrappers import LogitsModel, layer_path
@@ -85,6 +86,26 @@ class Recipe:
         Arguments and errors are those of `cam`.
         """
         return {name: self._target(model, layer, pixel_values) for name, layer in self.layers.items()}
+
+    def ways(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> dict[str, Callable]:
+        """How the model can be explained: without a layer, at the layer that points best, at those that others name.
+
+        Arguments and errors are those of `cam`.
+
+        Returns:
+            name -> function (pixel_values, categories) -> maps, for pictures of this size.
+        """
+        import pytorch_grad_cam
+
+        layers = self.sweep(model, pixel_values)
+        at = {f"{self.method} at {self.best}": (self.best, self.method)}
+        at |= {f"published: Grad-CAM at {name}": (name, "GradCAM") for name in layers if self.layers[name].source}
+        return {"balanced gradients": functools.partial(explain, model)} | {
+            words: functools.partial(
+                explain, model, target_layer=layers[name], method=getattr(pytorch_grad_cam, method)
+            )
+            for words, (name, method) in at.items()
+        }
 
     def dff(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> TargetLayer:
         """The `TargetLayer` for `factorize`, to go with `concept_head`. Arguments and errors are those of `cam`."""
