@@ -42,9 +42,15 @@ RUNTIME = .venv/web
 $(LIVE): .venv/ready book/live.py $(wildcard book/live/*) $(shell find xai_helpers -type f ! -name '*.pyc')
 	$(BIN)/python book/live.py _build/live $(RUNTIME)
 
+# The pictures of the landing page.
+CARDS = _build/cards/a.webp
+
+$(CARDS): .venv/ready book/cards.py $(shell find xai_helpers -type f ! -name '*.pyc')
+	OMP_NUM_THREADS=2 $(BIN)/python book/cards.py _build/cards
+
 # One page alone, in _build/page/_build/html, where links to others lead nowhere:
 # make book CHAPTER=notebooks/recipes/swin.ipynb
-book: .venv/ready $(if $(CHAPTER),,$(EXPLORER) $(LIVE))  ## execute the chapters and build the book in _build/html; warnings are errors
+book: .venv/ready $(if $(CHAPTER),,$(EXPLORER) $(LIVE) $(CARDS))  ## execute the chapters and build the book in _build/html; warnings are errors
 	$(EXECUTE) $(CHAPTER)
 ifdef CHAPTER
 	mkdir -p _build/page

@@ -157,6 +157,19 @@ def test_dark_mode_keeps_the_colours_of_figures(page, address, name):
     assert set(filters) == {"none"}
 
 
+ANSWER_FIRST = [page for page in CHAPTERS if page.split("/")[1] in ("recipes", "clip", "methods")]
+
+
+@pytest.mark.parametrize("name", ANSWER_FIRST)
+def test_the_answer_stands_on_the_first_screens(page, address, name):
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(f"{address}/{name}.html", wait_until="load")
+    bottoms = "found => found.map(one => one.getBoundingClientRect().bottom + window.scrollY)"
+    first_figure = page.eval_on_selector_all("article .cell_output img", bottoms)[0]
+    first_table = page.eval_on_selector_all("article .cell_output table", bottoms)[0]
+    assert first_figure < 1_000 and first_table < 1_400
+
+
 # ---- the explorer ---------------------------------------------------------------------------------------------------
 
 EXPLORER = "book/explorer"
