@@ -30,13 +30,20 @@ def rewrite(new: str, root: Path = ROOT) -> list[Path]:
     new = new.strip().removesuffix("/").removesuffix(".git")
     if not (match := ADDRESS.fullmatch(new)):
         raise ValueError(f"{new!r} is not an address like https://github.com/owner/name")
-    old_name = ADDRESS.fullmatch(repository(root)).group(1)
-    # also matches colab.research.google.com/github/owner/name
-    pattern = re.compile(rf"(github(?:\.com)?/){re.escape(old_name)}(?![\w-])")
+    old_name, new_name = ADDRESS.fullmatch(repository(root)).group(1), match.group(1)
+    (old_owner, old_folder), (owner, folder) = old_name.split("/"), new_name.split("/")
+    replacements = {
+        # also matches colab.research.google.com/github/owner/name
+        rf"(github(?:\.com)?/){re.escape(old_name)}(?![\w-])": rf"\g<1>{new_name}",
+        # where the built book is published
+        rf"https://{re.escape(old_owner)}\.github\.io/{re.escape(old_folder)}/": f"https://{owner}.github.io/{folder}/",
+        rf"(notfound_urls_prefix: )/{re.escape(old_folder)}/": rf"\g<1>/{folder}/",
+    }
     changed = []
     for path in files_with_address(root):
-        old_text = path.read_text(encoding="utf-8")
-        new_text = pattern.sub(rf"\g<1>{match.group(1)}", old_text)
+        old_text = new_text = path.read_text(encoding="utf-8")
+        for pattern, new_words in replacements.items():
+            new_text = re.sub(pattern, new_words, new_text)
         if new_text != old_text:
             path.write_text(new_text, encoding="utf-8", newline="\n")
             changed.append(path)

@@ -102,6 +102,29 @@ def test_page_loads(page, address, name):
     assert page.locator(".cell_output .stderr").all_inner_texts() == [], "warnings do not belong on a page"
 
 
+def test_every_page_says_what_it_is(page, address):
+    """To search engines, and to what shows a preview of a link."""
+    seen = {}
+    for name in PAGES:
+        page.goto(f"{address}/{name}.html", wait_until="commit")
+        page.wait_for_load_state("domcontentloaded")
+        found = page.eval_on_selector_all(
+            "meta[property], meta[name]",
+            "found => Object.fromEntries(found.map(m => [m.getAttribute('property') || m.name, m.content]))",
+        )
+        here = f"{CONFIG['html']['baseurl']}{name}.html"
+        assert found["og:url"] == page.get_attribute("link[rel='canonical']", "href") == here
+        assert found["og:site_name"] == "XAI Recipes"
+        assert (BUILT / found["og:image"].removeprefix(CONFIG["html"]["baseurl"])).is_file(), found["og:image"]
+        assert len(found["description"]) > 40, name
+        seen[name] = page.title(), found["description"]
+    assert len(set(seen.values())) == len({title for title, _ in seen.values()}) == len(PAGES)
+    listed = (BUILT / "sitemap.xml").read_text(encoding="utf-8")
+    assert all(f"<loc>{CONFIG['html']['baseurl']}{name}.html</loc>" in listed for name in PAGES)
+    prefix = CONFIG["sphinx"]["config"]["notfound_urls_prefix"]
+    assert f'href="{prefix}_static/' in (BUILT / "404.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_images_are_there_and_described(page, address, name):
     page.goto(f"{address}/{name}.html", wait_until="load")

@@ -228,6 +228,9 @@ def test_fork_rewrites_the_address_everywhere(tmp_path):
     for path, text in after.items():
         assert old_name not in text, path
         assert before[path].count(old_name) == text.count("me/my.fork"), path
+    published = yaml.safe_load(after[tmp_path / "_config.yml"])
+    assert published["html"]["baseurl"] == published["sphinx"]["config"]["ogp_site_url"] == "https://me.github.io/my.fork/"
+    assert published["sphinx"]["config"]["notfound_urls_prefix"] == "/my.fork/"
     assert fork(ADDRESS).returncode == 0
     assert before == {p: p.read_text(encoding="utf-8") for p in before}
 
