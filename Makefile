@@ -59,6 +59,7 @@ ifdef CHAPTER
 else
 	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
+	$(BIN)/python book/lighter.py _build/html
 endif
 
 serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001)

@@ -10,9 +10,9 @@ ADDRESS = re.compile(r"https://github\.com/([\w-]+/[\w.-]+)")
 
 
 def files_with_address(root: Path) -> list[Path]:
-    """The files that name the repository: settings, README, three pages and every notebook."""
+    """The files that name the repository: settings, README, four pages and every notebook."""
     names = ["pyproject.toml", "_config.yml", "CITATION.cff", "README.md"]
-    names += ["book/index.md", "book/install.md", "book/lecturers.md"]
+    names += ["book/404.html", "book/index.md", "book/install.md", "book/lecturers.md"]
     return [root / name for name in names] + sorted((root / "notebooks").rglob("*.ipynb"))
 
 
@@ -37,7 +37,6 @@ def rewrite(new: str, root: Path = ROOT) -> list[Path]:
         rf"(github(?:\.com)?/){re.escape(old_name)}(?![\w-])": rf"\g<1>{new_name}",
         # where the built book is published
         rf"https://{re.escape(old_owner)}\.github\.io/{re.escape(old_folder)}/": f"https://{owner}.github.io/{folder}/",
-        rf"(notfound_urls_prefix: )/{re.escape(old_folder)}/": rf"\g<1>/{folder}/",
     }
     changed = []
     for path in files_with_address(root):

@@ -6,6 +6,7 @@ The name keeps it out of `make test`, which needs neither a built book nor a bro
 import functools
 import json
 import os
+import re
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -121,15 +122,20 @@ def test_every_page_says_what_it_is(page, address):
     assert len(set(seen.values())) == len({title for title, _ in seen.values()}) == len(PAGES)
     listed = (BUILT / "sitemap.xml").read_text(encoding="utf-8")
     assert all(f"<loc>{CONFIG['html']['baseurl']}{name}.html</loc>" in listed for name in PAGES)
-    prefix = CONFIG["sphinx"]["config"]["notfound_urls_prefix"]
-    assert f'href="{prefix}_static/' in (BUILT / "404.html").read_text(encoding="utf-8")
+    missing = (BUILT / "404.html").read_text(encoding="utf-8")
+    assert f'<base href="{CONFIG["html"]["baseurl"]}">' in missing
+    assert all((BUILT / link).is_file() for link in re.findall(r'<a href="([^"]+)"', missing))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_images_are_there_and_described(page, address, name):
     page.goto(f"{address}/{name}.html", wait_until="load")
     images = page.eval_on_selector_all(
-        "article img", "found => found.map(i => ({src: i.src, alt: i.alt.trim(), width: i.naturalWidth}))"
+        "article img",
+        """async found => {  // those out of view, too
+            await Promise.all(found.map(i => { i.loading = "eager"; return i.decode().catch(() => null); }));
+            return found.map(i => ({src: i.src, alt: i.alt.trim(), width: i.naturalWidth}));
+        }""",
     )
     for image in images:
         assert image["width"] > 0, image
@@ -141,6 +147,35 @@ def test_images_are_there_and_described(page, address, name):
         figures = [option["image"]["alt"] for option in options if "image" in option]
         assert figures, "a chapter has at least one figure"
         assert set(figures) <= {image["alt"] for image in images}
+
+
+#: Megabytes of a page and all that it shows, without the scripts and styles that all pages share.
+WEIGHTS = {"book/explorer": 3, "book/live": 3}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_light_and_nothing_jumps(page, address, name):
+    page.goto(f"{address}/{name}.html", wait_until="load")
+    images = page.eval_on_selector_all(
+        "article img", "found => found.map(i => [i.src, i.getAttribute('width'), i.loading])"
+    )
+    files = {urlsplit(source).path.lstrip("/") for source, *_ in images}
+    weight = (BUILT / f"{name}.html").stat().st_size + sum((BUILT / file).stat().st_size for file in files if file)
+    assert weight / 1e6 < WEIGHTS.get(name, 1.5)
+    stored = [(source, width, loading) for source, width, loading in images if "/_images/" in source]
+    assert all(width for _, width, _ in stored)
+    assert all(loading == "lazy" for *_, loading in stored[1:])
+    assert not page.locator("script[src*='fontawesome']").count()
+
+
+def test_the_console_is_quiet_and_icons_are_drawn(page, address):
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(f"{address}/{CHAPTERS[0]}.html", wait_until="networkidle")
+    assert not [text for text in said if "invalid theme mode" in text]
+    assert page.evaluate("document.fonts.check('900 16px \"Font Awesome 6 Free\"')")
+    glyph = "getComputedStyle(document.querySelector('.fa-rocket'), '::before').content"
+    assert page.evaluate(glyph) not in ("none", "normal")
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
