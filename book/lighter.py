@@ -1,6 +1,6 @@
 """Make the built book lighter: `python book/lighter.py FOLDER`, which `make book` runs on _build/html.
 
-Pages show WebP in place of PNG (which stays, behind the link of a figure and for previews). Each image has its width and
+Pages show WebP in place of PNG, which stays behind the link of a figure and for previews. Each image has its width and
 height, so that nothing jumps, and all but a page's first figure are loaded when they come into view. The icons' script
 goes: their fonts, which are loaded anyway, draw the same.
 """

@@ -551,6 +551,32 @@ class NormedTokens(nn.Module):
         return self.head((normed**3).mean(dim=(2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:the model cannot be forked")
+def test_a_decoder_that_reads_recorded_states_gets_them_forked():
+    """transformers records hidden states by hooks that are there from a model's first call on."""
+
+    class Region(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.segmenter, _ = load("segmenter", "bundled", device="cpu")
+
+        def forward(self, x):
+            return self.segmenter(x).logits[:, :, 8:24, 8:24].mean(dim=(2, 3))
+
+    x = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    maps = []
+    for called_before in (False, True):
+        model = Region().eval()
+        if called_before:
+            model(x)
+        stage = model.segmenter.segformer.stages[2]
+        maps.append(explain(model, x, [0, 1], stage, method=HiResCAM))
+        with HiResCAM(model, [stage]) as cam:
+            wanted = cam(x.repeat(2, 1, 1, 1), [ClassifierOutputTarget(i) for i in (0, 1)])
+        np.testing.assert_allclose(maps[-1], wanted, atol=1e-4)
+    np.testing.assert_allclose(*maps, atol=1e-5)
+
+
 def test_one_category_is_explained_with_two_rows():
     torch.manual_seed(0)
     model = NormedTokens().eval()

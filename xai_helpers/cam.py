@@ -286,7 +286,7 @@ def _masking_cam(method):
                 ablation.set_next_batch(0, output.movedim(axis, 0), len(ablation.indices))
                 put_in = ablation(None).movedim(0, axis)
                 rows = images[:1] if fork.copies > 1 else images[:1].repeat(len(ablation.indices), 1, 1, 1)
-                with layer.register_forward_hook(lambda *_: put_in):
+                with layer.register_forward_hook(lambda *_: put_in, prepend=True):
                     return fork(rows)
 
             whole, without = self.scores(targets, ablated, len(channels), self.batch_size)
@@ -325,7 +325,8 @@ class _Fork(LogitsModel):
     def hooks(self):
         with contextlib.ExitStack() as stack:
             for layer in self.paths:
-                stack.enter_context(layer.register_forward_hook(self.at_target_layer))
+                # Before all others: transformers' own, there from a model's first call on, hand what they see to decoders.
+                stack.enter_context(layer.register_forward_hook(self.at_target_layer, prepend=True))
             yield
 
     def at_target_layer(self, layer, inputs, output):

@@ -240,7 +240,7 @@ def _grad_cam(scorer, path, reshape_transform):
 
     def explanation(image, weights):
         caught.clear()
-        with layer.register_forward_hook(at_layer):
+        with layer.register_forward_hook(at_layer, prepend=True):
             scores = scorer(image.detach().requires_grad_().clone())
         if len(caught) != 1:
             raise ValueError(f"target layer {path} runs {len(caught)} times in a pass, wanted once; {ADVICE}")

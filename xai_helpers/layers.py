@@ -417,7 +417,7 @@ def _find_gradients(scorer, layers, image):
     starts.append(image.repeat(2, 1, 1, 1).requires_grad_())
     with contextlib.ExitStack() as stack:
         for module in by_module:
-            stack.enter_context(module.register_forward_hook(at_output))
+            stack.enter_context(module.register_forward_hook(at_output, prepend=True))  # before those of transformers
         scores = scorer(starts[0].clone())[0].flatten()
     weights = torch.randn(len(scores), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     score = (scores * weights.to(scores)).sum()
@@ -460,7 +460,8 @@ def _put_back(scorer, image, layers, but_for_prefix=True):
             if prefix:
                 before = functools.partial(at_input, layer, row, prefix)
                 stack.enter_context(layer.module.register_forward_pre_hook(before))
-            stack.enter_context(layer.module.register_forward_hook(functools.partial(at_output, layer, row)))
+            put_back = functools.partial(at_output, layer, row)
+            stack.enter_context(layer.module.register_forward_hook(put_back, prepend=True))
         scores = scorer(rows).flatten(1).cpu().double()
     changes = (scores - scores[:1]).norm(dim=1)
     rounding = 10 * torch.finfo(image.dtype).eps * scores[0].norm()
