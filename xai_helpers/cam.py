@@ -325,7 +325,7 @@ class _Fork(LogitsModel):
     def hooks(self):
         with contextlib.ExitStack() as stack:
             for layer in self.paths:
-                # Before all others: transformers' own, there from a model's first call on, hand what they see to decoders.
+                # Before all others: transformers' own, there from the first call on, hand what they see to decoders.
                 stack.enter_context(layer.register_forward_hook(self.at_target_layer, prepend=True))
             yield
 
