@@ -45,7 +45,7 @@ def lighten(page):
             path = as_webp(path)
         with Image.open(path) as picture:
             width, height = picture.size
-        more = "" if attribute(tag, "width") or attribute(tag, "style") else f' width="{width}" height="{height}"'
+        more = "" if attribute(tag, "width") else f' width="{width}" height="{height}"'
         more += ' loading="lazy"' if seen and not attribute(tag, "loading") else ""
         seen += is_figure
         return re.sub(r"\s*/?>$", f"{more} />", tag)
