@@ -189,8 +189,8 @@ def test_a_view_shows_map_outline_and_maximum(left_half):
     assert pixels.shape == (160, 320, 3)
     dimmed = 43  # 255 * (.04 + .36 * 90 / 255), rounded
     assert (pixels[80:150, 250] == dimmed).all(), "the picture where the map is zero"
-    # At .9 the scale is half way between #ffd44e and #f7f770, (251, 230, 95), with an opacity of .857 over the picture.
-    np.testing.assert_allclose(pixels[28, 70], 0.857 * np.array([251, 230, 95]) + 0.143 * dimmed, atol=3)
+    # What one pixel in a hundred exceeds, .9 here, has the last colour, #f7f770, with an opacity of .9.
+    np.testing.assert_allclose(pixels[28, 70], 0.9 * np.array([247, 247, 112]) + 0.1 * dimmed, atol=1)
     assert pixels[80, 157:163].min(axis=1).max() > 200, "a white line at the edge of the object"
     row, column = round(8.5 / 32 * 160), round(4.5 / 32 * 320)
     assert (pixels[row, column] == 0).all(), "a black cross at the maximum, in the middle of several"
