@@ -86,7 +86,8 @@ def to_onnx(
             weights. A layer that needs a reshape transform is given as a `TargetLayer`.
 
     Returns:
-        An `Exported`. The file's metadata has "labels" (a JSON list), "size", "method" and "versions".
+        An `Exported`. The file's metadata has "labels" (a JSON list), "size", "method", "second_method" (empty without
+        one) and "versions".
 
     Raises:
         ValueError: scores that are not (1, n_categories), or have no gradient; scores or maps that differ from the
