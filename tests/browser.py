@@ -625,11 +625,12 @@ def test_what_is_no_picture_is_said_and_the_last_one_stays(live, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     live.page.set_input_files("#xl-file", tmp_path / "notes.txt")
     live.status("no picture that your browser can read")
-    assert not live.page.locator("#xl-results").is_visible()
+    assert not live.page.locator("#xl-results").is_visible() and live.page.locator("#xl-preview").is_visible()
     five, *_ = live.photo(1)
     live.page.set_input_files("#xl-file", tmp_path / "notes.txt")
     live.status("no picture that your browser can read")
     assert live.page.locator("#xl-categories label > span:first-of-type").all_inner_texts() == five
+    assert not live.page.locator("#xl-preview").is_visible()
     _, category, _ = live.after(lambda: live.page.locator("#xl-categories input").nth(2).click())
     assert category == five[2]
 

@@ -329,7 +329,6 @@ async function explain(category, other) {
 
 async function take(source, title) {
   const mine = ++latest;
-  part("preview").hidden = true;
   for (const button of root.querySelectorAll(".xl-photos button"))
     button.setAttribute("aria-pressed", button.title === title);
   try {
@@ -349,6 +348,7 @@ async function take(source, title) {
     Object.assign(state, { scores, other: -1 });
     const [first] = topFive();
     askAgain();
+    part("preview").hidden = true;
     part("results").hidden = false;
     await explain(first, -1);
   } catch (error) {
