@@ -12,6 +12,8 @@ from PIL import Image
 
 from xai_helpers.checkpoints import examples, load
 from xai_helpers.checks import gradients as checks
+from xai_helpers.imagenet import efficientnet_lite
+from xai_helpers.pictures import as_linear
 from xai_helpers.wrappers import LogitsModel, category_index
 
 LAB = Path(__file__).resolve().parents[1] / "notebooks/labs/gradients.ipynb"
@@ -160,6 +162,13 @@ def test_black_is_not_minus_one_for_every_processor(lab, verdict):
     verdict(lambda: checks.black_like(lambda x, p: -torch.ones_like(x), x, processor), None)
     processor.image_mean = [0.48, 0.46, 0.41]
     verdict(lambda: checks.black_like(lambda x, p: -torch.ones_like(x), x, processor), "is -1 everywhere")
+
+
+def test_black_for_a_processor_without_image_mean(lab, verdict):
+    x, (_, processor) = lab[1], efficientnet_lite()
+    assert not hasattr(processor, "image_mean")  # its mean and deviation are a half
+    verdict(lambda: checks.black_like(lambda x, p: filled(x, channels(as_linear(p)[1])), x, processor), None)
+    verdict(lambda: checks.black_like(lambda x, p: torch.zeros_like(x), x, processor), "which is the mean colour")
 
 
 def integrate(net, x, index, baseline=-1.0, steps=12, **options):

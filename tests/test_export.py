@@ -101,6 +101,20 @@ def test_what_is_said_of_the_file_is_so(exported):
     assert [path.name for path in made.path.parent.iterdir()] == ["explained.onnx"]  # no weights beside it
 
 
+def test_the_file_is_run_by_names_and_indices_and_contrasts(exported):
+    model, made = exported
+    x, names = picture(2), made.labels
+    found = made.run(x, [names[2], 0, {names[1]: 1, 3: -1}])
+    for row, weights in enumerate([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, -1]]):
+        for values, wanted in zip(found.values(), run(made.path, x, weights), strict=True):
+            np.testing.assert_array_equal(values[row], wanted[0])
+    np.testing.assert_array_equal(made.run(x[0].numpy(), 0)["map"], found["map"][1:2])
+    with pytest.raises(ValueError, match=r"no category 'otter'; the closest are"):
+        made.run(x, "otter")
+    with pytest.raises(ValueError, match=r"pictures of shape \[1, 3, 32, 32\], not \[1, 32, 32, 3\]"):
+        made.run(x.permute(0, 2, 3, 1), 0)
+
+
 def test_weights_are_stored_once_and_in_half_precision_are_rounded(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -172,6 +186,7 @@ def test_with_a_processor_the_file_takes_pixels(tmp_path):
     scores, _, heat = run(made.path, pixels[None], [0, 1, 0, 0])
     np.testing.assert_allclose(scores, model(x).logits.detach(), atol=1e-4)
     np.testing.assert_allclose(heat, explain(model, x, 1), atol=2e-3)
+    np.testing.assert_array_equal(made.run(Image.fromarray(pixels), 1)["map"], heat)
 
 
 def test_colours_as_a_matrix():

@@ -4,12 +4,14 @@ import pytest
 import torch
 from rehearsal import accelerator
 
+from benchmarks import hub
 from xai_helpers.cam import explain
-from xai_helpers.checkpoints import examples, load
+from xai_helpers.checkpoints import CHECKPOINTS, examples, load
 from xai_helpers.layers import TargetLayer, find_target_layers
 from xai_helpers.leaderboard import (
     BASELINES,
     CAMS,
+    HUB_RESULTS,
     MODELS,
     ON_ANSWERS,
     SCORES,
@@ -23,11 +25,13 @@ from xai_helpers.leaderboard import (
     layers_to_try,
     measure,
     methods_for,
+    on_the_hub,
     results,
     summarise,
 )
+from xai_helpers.recipes import RECIPES
 from xai_helpers.scenes import labels, make_scene
-from xai_helpers.scoring import Example, bootstrap_interval, energy_inside, hits, random_maps
+from xai_helpers.scoring import Example, bootstrap_interval, energy_inside, hits, random_maps, score_table
 from xai_helpers.wrappers import PromptClassifier
 
 
@@ -342,3 +346,30 @@ def test_a_summary_says_how_far_a_method_is_behind_the_best_on_the_same_scenes()
     # Where all maps point, or none does, a bootstrap interval would have no width: 4 / (4 + 1.96²) to 1.
     assert table.loc[("a", "pointing"), "from"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-4)
     assert table.loc[("c", "pointing"), "to"] == pytest.approx(1 - 4 / (4 + 1.96**2), abs=1e-4)
+
+
+def test_what_published_checkpoints_score_is_written_and_said(tmp_path):
+    out = tmp_path / "hub_results.csv"
+    out.write_text(HUB_RESULTS.read_text().splitlines()[0] + "\n")
+    assert on_the_hub("resnet", out).startswith("published weights, microsoft/resnet-50: not measured yet")
+    hub.main(["resnet", "--weights", "bundled", "--scenes", "2", "--out", str(out)])
+    model, processor = load("resnet", "bundled")
+    maps = {"by hand": lambda x, names: explain(model, x, names)}
+    pointing, energy = score_table(maps, examples(model, processor, 2)).loc["by hand", ["pointing", "energy"]]
+    said = on_the_hub("resnet", out).splitlines()
+    assert said[0].startswith("published weights, bundled: 2 scenes, 20")
+    [line] = [line for line in said if line.startswith("  balanced gradients ")]
+    assert f"pointing {pointing:.2f}, energy {energy:.2f}, on the other 0.00" in line
+    # Another one leaves these rows as they are, and what can't be had is named.
+    before = out.read_text()
+    with pytest.raises(SystemExit, match="^swin: .*nowhere"):
+        hub.main(["swin", "--weights", str(tmp_path / "nowhere"), "--scenes", "2", "--out", str(out)])
+    assert out.read_text() == before
+    with pytest.raises(ValueError, match="there is no recipe 'otter'; the recipes are: resnet, "):
+        on_the_hub("otter")
+
+
+def test_the_committed_results_of_published_checkpoints_are_of_published_checkpoints():
+    table = pd.read_csv(HUB_RESULTS)
+    assert set(table["checkpoint"]) <= {CHECKPOINTS[name].hub for name in RECIPES}
+    assert not table.duplicated(["model", "method"]).any()

@@ -17,7 +17,9 @@ from xai_helpers.plots import (
     HEAT,
     HEAT_AGAINST,
     OPACITY,
+    SIGNED,
     compare_maps,
+    outline_boxes,
     overlay,
     show_concepts,
     show_maps,
@@ -99,6 +101,48 @@ def test_the_colour_blind_see_the_same_order_and_both_signs(blindness):
     assert (apart[3:] > 20).all()  # CIE76: 2.3 can just be noticed
 
 
+def test_what_speaks_against_has_the_cold_colours():
+    ramp = np.linspace(-1, 1, 511, dtype=np.float32)[None].repeat(2, axis=0)
+    found = overlay(flat(511, 2), ramp)[0]
+    np.testing.assert_array_equal(found[255:], overlay(flat(256, 2), ramp[:, 255:])[0])
+    ground = 0.04 + 0.36 * 128 / 255
+    np.testing.assert_allclose(found[0] / 255, 0.9 * np.array(to_rgb("#85ffff")) + 0.1 * ground, atol=0.005)
+    np.testing.assert_allclose(found[255] / 255, ground, atol=0.005)
+    # As a colour map, over a middling grey: the same.
+    np.testing.assert_allclose(SIGNED([0.0, 1.0])[:, :3], found[[0, -1]] / 255, atol=0.005)
+
+
+def test_a_signed_map_is_scored_by_what_speaks_for_the_category():
+    signed = MAPS.copy()
+    signed[0, 3] = -0.9
+    figure = show_maps(flat(), signed, ["cat"], ANSWER)
+    assert [ax.get_title() for ax in panels(figure)][1:] == ["cat\nhit, 75% inside"]
+    assert figure.axes[-1].get_ylim() == (-1, 1) and "against" in figure.axes[-1].get_ylabel()
+    figure = compare_maps(flat(), {"one": signed, "two": MAPS}, ["cat"], ANSWER)
+    assert [ax.get_xlabel() for ax in panels(figure)][1:] == ["hit, 75% inside"] * 2
+    assert figure.axes[-1].get_ylim() == (-1, 1)
+    assert show_maps(flat(), MAPS, ["cat"]).axes[-1].get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize("n, least", [(4, 50), (8, 20)])
+def test_concepts_are_told_apart_by_everybody(n, least):
+    for seen in [CONCEPT_COLOURS, *(as_seen_with(blindness, CONCEPT_COLOURS) for blindness in BLINDNESS)]:
+        colours = rgb2lab(seen[:n])
+        apart = np.linalg.norm(colours[:, None] - colours, axis=-1)
+        assert apart[np.triu_indices(n, 1)].min() > least  # CIE76
+        assert np.hypot(colours[:, 1], colours[:, 2]).min() > 12  # no grey
+
+
+def test_boxes_stand_where_they_are_with_their_labels():
+    figure = show_maps(flat(), MAPS, ["cat"])
+    outline_boxes(figure.axes[0], np.array([[4, 2, 20, 30], [24, 8, 40, 16]]), ["cat", "coin"])
+    boxes = {(*patch.get_xy(), patch.get_width(), patch.get_height()) for patch in figure.axes[0].patches}
+    assert boxes == {(4, 2, 16, 28), (24, 8, 16, 8)}
+    assert [(text.get_text(), text.get_position()) for text in figure.axes[0].texts] == [
+        ("cat", (4, 2)), ("coin", (24, 8))
+    ]  # fmt: skip
+
+
 def test_overlay_has_the_geometry_of_the_picture():
     heat = np.zeros((32, 48))
     heat[10, 20] = 1
@@ -111,8 +155,8 @@ def test_overlay_has_the_geometry_of_the_picture():
 
 
 def test_what_is_no_map_is_named():
-    for heat in (np.zeros((1, 4, 4)), np.full((4, 4), 1.2), np.full((4, 4), -0.1), np.full((4, 4), np.nan)):
-        with pytest.raises(ValueError, match=r"\(height, width\) in \[0, 1\], not \("):
+    for heat in (np.zeros((1, 4, 4)), np.full((4, 4), 1.2), np.full((4, 4), -1.1), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match=r"\(height, width\) in \[0, 1\], or signed in \[-1, 1\], not \("):
             overlay(flat(), heat)
     with pytest.raises(ValueError, match=r"not \(1, 4, 4\)"):
         overlay(flat(), np.zeros((1, 4, 4)))
@@ -354,3 +398,8 @@ def test_the_best_of_each_column_is_bold():
     bold = set(re.findall(r"row\d_col\d", " ".join(rules)))
     assert bold == {"row0_col0", "row2_col0", "row1_col1", "row1_col2"}
     assert ">0.12<" in page
+
+
+def test_what_looks_equal_is_equally_bold():
+    page = show_scores(pd.DataFrame({"pointing": [0.861, 0.859, 0.5]})).to_html()
+    assert set(re.findall(r"row\d_col\d", page.split("</style>")[0])) == {"row0_col0", "row1_col0"}

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # imported late below
 
 #: What is there to choose from, if no model is given.
 MODELS = ["resnet", "vit", "swin", "convnext"]
-#: Scenes: seed and objects. Only objects that the published checkpoints know, too.
+#: Seed and objects of each scene. Only objects that the published checkpoints know, too.
 SCENES = [(19, ["cat", "coffee cup"]), (1, ["flower", "motorcycle"]), (5, ["cat", "rocket"])]
 SIDE = 320  # of a picture that is shown, in pixels
 FULL_AT = 0.99  # the quantile of a map that has the full colour, so that maps of single pixels can be seen
@@ -316,11 +316,16 @@ def _outline(packed, shape, size):
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).resize(size)
 
 
-def _cross(picture, heat):
-    """Marks the maximum of a map; of several, the one nearest to their middle."""
+def peak(heat: np.ndarray) -> tuple[float, float]:
+    """Where a map has its maximum, as shares of its width and height; of several, the one nearest to their middle."""
     peaks = np.argwhere(heat == heat.max())
     row, column = peaks[np.square(peaks - peaks.mean(axis=0)).sum(axis=1).argmin()]
-    x, y = (column + 0.5) / heat.shape[1] * picture.width, (row + 0.5) / heat.shape[0] * picture.height
+    return (column + 0.5) / heat.shape[1], (row + 0.5) / heat.shape[0]
+
+
+def _cross(picture, heat):
+    """Marks the maximum of a map."""
+    x, y = np.multiply(peak(heat), picture.size)
     draw, arm = ImageDraw.Draw(picture), max(4, max(picture.size) // 32)
     for reach, width, colour in ((arm + 2, 7, "white"), (arm, 3, "black")):
         draw.line((x - reach, y, x + reach, y), colour, width)

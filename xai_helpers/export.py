@@ -20,12 +20,15 @@ from xai_helpers.cuts import tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.pictures import as_linear
 from xai_helpers.reshape import ADVICE, layer_to_map
-from xai_helpers.wrappers import LogitsModel, frozen, input_for, layer_path
+from xai_helpers.wrappers import LogitsModel, frozen, index_among, input_for, layer_path
 
 CLOSE = 1e-3  # of the largest value
 AGREEING = 0.999  # of the pixels
 FOLDED = 1024  # values at most of a constant that is computed beforehand: no weights
 OUTPUTS, SECOND = ["scores", "signed_map", "map"], "grad_cam_map"
+
+#: A category, by its name or index, or several with their weights.
+Question = str | int | dict[str | int, float]
 
 aten = torch.ops.aten
 
@@ -41,6 +44,7 @@ class Exported:
             the largest value; a thousandth of the pixels is left out, where gates stand at zero but for rounding.
         nodes: how many the graph has.
         megabytes: of the file.
+        labels: the names of the categories, in the order of their indices.
     """
 
     path: Path
@@ -49,6 +53,41 @@ class Exported:
     differences: dict[str, float]
     nodes: int
     megabytes: float
+    labels: list[str]
+
+    def run(self, image: Any, categories: Question | list[Question]) -> dict[str, np.ndarray]:
+        """What the file says of a picture, by onnxruntime on the CPU.
+
+        Args:
+            image: what the input "image" takes, an array with or without its first dimension, or a picture of its size
+                if it takes pixels.
+            categories: a name or an index, a dict of such with their weights for a contrast, or a list of these.
+
+        Returns:
+            Output -> array, as `outputs` has them, with a row for each category.
+
+        Raises:
+            ValueError: an unknown category (the closest names are given), an image of another shape.
+
+        Example:
+            >>> made.run(image, ["cat", {"cat": 1, "coin": -1}])["map"].shape  # doctest: +SKIP
+            (2, 128, 128)
+        """
+        wanted, shape = self.inputs["image"]
+        image = np.asarray(image, np.uint8 if wanted == "tensor(uint8)" else np.float32)
+        image = image[None] if image.ndim == 3 else image
+        if list(image.shape) != shape:
+            given = list(image.shape)
+            raise ValueError(f"the file takes pictures of shape {shape}, not {given}: resize and crop it first")
+        session, names, rows = _session(self.path), dict(enumerate(self.labels)), []
+        for question in categories if isinstance(categories, list) else [categories]:
+            weights = np.zeros((1, len(names)), np.float32)
+            for category, weight in (question if isinstance(question, dict) else {question: 1}).items():
+                index = index_among(names, category) if isinstance(category, str) else range(len(names))[category]
+                weights[0, index] += weight
+            rows.append(session.run(None, {"image": image, "weights": weights}))
+        outputs = (np.concatenate(values) for values in zip(*rows, strict=True))
+        return dict(zip(self.outputs, outputs, strict=True))
 
 
 def to_onnx(
@@ -131,7 +170,7 @@ def to_onnx(
             image, explanation = _from_pixels(explanation, processor, pixel_values)
         program = _program(explanation, image, weights, names)
         about = {
-            "labels": json.dumps(_labels(model, weights.shape[1])),
+            "labels": json.dumps(labels := _labels(model, weights.shape[1])),
             "size": json.dumps(list(pixel_values.shape[2:])),
             "method": "balanced gradients" if place is None else f"Grad-CAM at {place[0]}",
             "second_method": "" if second is None else f"Grad-CAM at {second[0]}",
@@ -148,7 +187,7 @@ def to_onnx(
     inputs, outputs = (
         {one.name: (one.type, one.shape) for one in some} for some in (session.get_inputs(), session.get_outputs())
     )
-    return Exported(Path(path), inputs, outputs, differences, nodes, Path(path).stat().st_size / 1e6)
+    return Exported(Path(path), inputs, outputs, differences, nodes, Path(path).stat().st_size / 1e6, labels)
 
 
 def _place(model, target_layer, reshape_transform=None):

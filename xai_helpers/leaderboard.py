@@ -40,6 +40,7 @@ from xai_helpers.scoring import (
 from xai_helpers.wrappers import LogitsModel, PromptClassifier, category_index, category_targets, frozen, input_for
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
+HUB_RESULTS = Path(__file__).with_name("hub_results.csv")
 MODELS = names_of("classification", "prompts")
 WHERE_HIDING_MATTERS = "pointing where hiding matters"
 #: The higher, the better, against the known answer.
@@ -341,3 +342,33 @@ def results() -> pd.DataFrame:
     table = pd.read_csv(RESULTS, comment="#")
     table.attrs["made"] = RESULTS.read_text().splitlines()[0].removeprefix("# ")
     return table
+
+
+def on_the_hub(name: str, path: Path = HUB_RESULTS) -> str:
+    """What the maps of a family's published checkpoint scored, in words.
+
+    Args:
+        name: one of `RECIPES`.
+        path: the table, which `python -m benchmarks.hub` writes.
+
+    Returns:
+        A line that says which checkpoint it was, and when, and a line a method; or that nobody has measured it yet.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; the recipes are: {', '.join(RECIPES)}")
+    table = pd.read_csv(path)
+    table = table[table["model"] == name]
+    if table.empty:
+        return f"published weights, {CHECKPOINTS[name].hub}: not measured yet"
+    first = table.iloc[0]
+    about = f"published weights, {first['checkpoint']}: {first['scenes']} scenes, {first['made']}, {first['device']}"
+    width = table["method"].str.len().max()
+    rows = (
+        f"  {row['method']:{width}}  pointing {row['pointing']:.2f}, energy {row['energy']:.2f}, "
+        f"on the other {row['on the other']:.2f}"
+        for _, row in table.iterrows()
+    )
+    return "\n".join([about, *rows])

@@ -1,14 +1,15 @@
 """Overlays, grids and legends. Every heat map has the same colours and scale: [0, 1], from nothing to a bright glow."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from pandas.io.formats.style import Styler
@@ -30,12 +31,20 @@ def _glow(*colours):
     return LinearSegmentedColormap.from_list("glow", colours)(np.linspace(0, 1, 256))[:, :3]
 
 
-#: What speaks for a category, and what against it: (256, 3) each, told apart and in order for the colour-blind, too.
+#: What speaks for a category, and what against it, (256, 3) each, told apart and in order for the colour-blind, too.
 HEAT = _glow("#d849a0", "#ff587a", "#ff8055", "#ffac42", "#ffd44e", "#f7f770")
 HEAT_AGAINST = _glow("#6a76e9", "#2699ff", "#00b8ff", "#00d3ff", "#4cebff", "#85ffff")
-HEAT_OVER_GREY = ListedColormap(OPACITY[:, None] * HEAT + (1 - OPACITY[:, None]) * np.mean(DIM))
+_FOR, _AGAINST = (
+    OPACITY[:, None] * colours + (1 - OPACITY[:, None]) * np.mean(DIM) for colours in (HEAT, HEAT_AGAINST)
+)
+HEAT_OVER_GREY = ListedColormap(_FOR)
+#: For signed values without a picture, of equal limits on both sides: what speaks against, nothing, what speaks for.
+SIGNED = ListedColormap(np.concatenate([_AGAINST[::-1], _FOR]))
 HIGH, LOW = ["pointing", "energy", "average precision"], ["on the other"]  # where a map's score is best
-CONCEPT_COLOURS = np.array([plt.get_cmap("Set2")(i)[:3] for i in range(8)])
+#: Far from each other and from any grey for everybody, the first four farther than all eight.
+CONCEPT_COLOURS = np.array(
+    [to_rgb(c) for c in ("#d14646", "#e8e800", "#b917ff", "#46e8ff", "#d12eb9", "#b9e8a2", "#d18b17", "#74a2ff")]
+)
 
 
 def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.ndarray:
@@ -43,7 +52,8 @@ def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.nd
 
     Args:
         image: a picture, any mode.
-        heat: (height, width) in [0, 1], of any resolution; it is stretched to the picture.
+        heat: (height, width) in [0, 1], of any resolution; it is stretched to the picture. A signed map, in [-1, 1], is
+            drawn in two scales: what speaks against the category has the cold one.
         full_at: the quantile of the map that has the full colour, and all above it. Maps of single pixels look empty
             up to their maximum, so give 0.99 for them.
 
@@ -51,23 +61,27 @@ def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.nd
         uint8 (height, width, 3) at the picture's resolution.
 
     Raises:
-        ValueError: `heat` is not a single map in [0, 1], or `full_at` is no quantile.
+        ValueError: `heat` is not a single map in [-1, 1], or `full_at` is no quantile.
     """
     if not 0 < full_at <= 1:
         raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
     heat = np.asarray(without_device(heat), np.float32)
-    if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
+    if heat.ndim != 2 or not (np.isfinite(heat).all() and abs(heat).max() <= 1):
         raise ValueError(
-            f"A map is wanted as (height, width) in [0, 1], not {heat.shape} in [{heat.min():.3g}, {heat.max():.3g}]."
+            "A map is wanted as (height, width) in [0, 1], or signed in [-1, 1], "
+            f"not {heat.shape} in [{heat.min():.3g}, {heat.max():.3g}]."
         )
     if full_at < 1:
-        heat = np.minimum(heat / (np.quantile(heat, full_at) or 1), 1)  # of a map of hardly anything it is 0
+        full = np.quantile(abs(heat), full_at) or 1  # of a map of hardly anything it is 0
+        heat = np.clip(heat / full, -1, 1)
     image = read_picture(image)
-    index = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR) * 255, 0, 255).round().astype(int)
+    heat = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR), -1, 1)
+    index = (abs(heat) * 255).round().astype(int)
+    colours = np.where((heat < 0)[..., None], HEAT_AGAINST[index], HEAT[index])
     opacity = OPACITY[index][..., None]
     low, high = DIM
     grey = low + (high - low) * np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    return ((opacity * HEAT[index] + (1 - opacity) * grey) * 255).round().astype(np.uint8)
+    return ((opacity * colours + (1 - opacity) * grey) * 255).round().astype(np.uint8)
 
 
 def show_maps(
@@ -81,11 +95,12 @@ def show_maps(
 
     Args:
         image: the picture that the model saw (see `scenes.as_seen`), at any resolution.
-        maps: (n, height, width) in [0, 1], or n maps that have sizes of their own, such as those of several models;
-            arrays, or tensors on any device.
+        maps: (n, height, width) in [0, 1], or signed in [-1, 1], or n maps that have sizes of their own, such as those
+            of several models; arrays, or tensors on any device.
         titles: one a map.
         answers: bool masks, one a map: drawn as outlines, and the title says whether the map's maximum lies inside
-            ("hit" or "miss", see `scoring.hits`) and which share of the map does ("inside").
+            ("hit" or "miss", see `scoring.hits`) and which share of the map does ("inside"); of a signed map these are
+            the scores of what speaks for the category.
         full_at: as in `overlay`. The cross and the scores are those of the whole map.
 
     Returns:
@@ -126,7 +141,7 @@ def show_maps(
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
         words = _map_panel(ax, image, heat, None if answers is None else answers[i], full_at)
         ax.set_title(f"{title}\n{words}" if words else title)
-    _colour_bar(figure, axes, full_at)
+    _colour_bar(figure, axes, full_at, maps)
     return figure
 
 
@@ -188,13 +203,14 @@ def compare_maps(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    _colour_bar(figure, axes, full_at)
+    _colour_bar(figure, axes, full_at, [heat for found in columns.values() for heat in found])
     return figure
 
 
 def _map_panel(ax, image, heat, answer, full_at):
     """Draws a map with its cross, and with an answer its outline; returns the scores in words, "" without an answer."""
     ax.imshow(overlay(image, heat, full_at))
+    heat = heat.clip(min=0)
     at_maximum, words = heat == heat.max(), ""
     scale = np.array([image.height, image.width]) / heat.shape
     if answer is not None:
@@ -217,9 +233,50 @@ def _map_panel(ax, image, heat, answer, full_at):
     return words
 
 
-def _colour_bar(figure, axes, full_at):
-    bar = figure.colorbar(ScalarMappable(cmap=HEAT_OVER_GREY), ax=axes, shrink=0.8, aspect=30, pad=0.02)
-    bar.set_label("share of the maximum" if full_at == 1 else f"share of the {full_at:.3g} quantile")
+def map_picture(
+    image: Image.Image,
+    heat: np.ndarray,
+    width: int,
+    answer: np.ndarray | None = None,
+    full_at: float = 1.0,
+) -> tuple[Image.Image, str]:
+    """A single map as `show_maps` draws it, without a title around it.
+
+    Args:
+        image: the picture that the model saw, at any resolution.
+        heat: (height, width) in [0, 1].
+        width: of what is drawn, in pixels.
+        answer: bool mask, drawn as an outline.
+        full_at: as in `overlay`.
+
+    Returns:
+        What is drawn, `width` pixels wide and of the picture's proportions; and with an answer the scores in words,
+        such as "hit, 63% inside", without one "".
+
+    Raises:
+        ValueError: `heat` is not a single map in [0, 1], or `full_at` is no quantile.
+    """
+    heat = np.asarray(without_device(heat))
+    answer = None if answer is None else np.asarray(without_device(answer))
+    image = read_picture(image)
+    image = image.resize((width, max(1, round(width * image.height / image.width))), Image.Resampling.LANCZOS)
+    figure = Figure(figsize=(image.width / 80, image.height / 80), dpi=80, layout=None)
+    canvas = FigureCanvasAgg(figure)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.axis("off")
+    words = _map_panel(ax, image, heat, answer, full_at)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), words
+
+
+def _colour_bar(figure, axes, full_at, maps):
+    if min((heat.min() for heat in maps), default=0) < 0:
+        colours, words = ScalarMappable(Normalize(-1, 1), SIGNED), "against it (below 0), for it"
+    else:
+        colours, words = ScalarMappable(cmap=HEAT_OVER_GREY), "share of the maximum"
+    if full_at < 1:
+        words = f"share of the {full_at:.3g} quantile"
+    figure.colorbar(colours, ax=axes, shrink=0.8, aspect=30, pad=0.02, label=words)
 
 
 def outline(ax: plt.Axes, answer: np.ndarray, image: Image.Image) -> None:
@@ -234,13 +291,28 @@ def outline(ax: plt.Axes, answer: np.ndarray, image: Image.Image) -> None:
     ax.set(xlim=(-0.5, image.width - 0.5), ylim=(image.height - 0.5, -0.5))
 
 
+def outline_boxes(ax: plt.Axes, boxes: Any, labels: Sequence[str]) -> None:
+    """Draw boxes on an axis that shows a picture, as `outline` draws masks, each with its label at the top.
+
+    Args:
+        ax: the axis.
+        boxes: (n, 4), an array or a tensor on any device: left, top, right and bottom in pixels of the picture shown.
+        labels: one a box.
+    """
+    for (left, top, right, bottom), label in zip(without_device(boxes), labels, strict=True):
+        for width, colour in ((3.2, "black"), (1.6, "white")):
+            ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=width))
+        ax.text(left, top, label, color="white", backgroundcolor="black", size=9, va="bottom")
+
+
 def show_scores(table: pd.DataFrame) -> Styler:
     """Shows the table of `scoring.score_table` with two digits, and the best scores of a map in bold.
 
-    "on the other" is best where it is low. Columns that are no scores, such as passes, have nothing in bold.
+    "on the other" is best where it is low. What is equal with two digits is equally good. Columns that are no scores,
+    such as passes, have nothing in bold.
     """
     bold = {"props": "font-weight: bold", "axis": 0}
-    styled = table.style.format(precision=2)
+    styled = table.round(2).style.format(precision=2)
     styled = styled.highlight_max(subset=[column for column in table if column in HIGH], **bold)
     return styled.highlight_min(subset=[column for column in table if column in LOW], **bold)
 
@@ -293,4 +365,4 @@ def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str
 
 def _tint(grey, strength, colour):
     strength = 0.85 * np.clip(strength, 0, 1)[..., None]
-    return strength * colour + (1 - strength) * grey
+    return np.clip(strength * colour + (1 - strength) * grey, 0, 1)

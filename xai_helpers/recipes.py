@@ -17,8 +17,8 @@ from xai_helpers.layers import TargetLayer
 from xai_helpers.reshape import tokens_to_map
 from xai_helpers.wrappers import LogitsModel, layer_path
 
-#: Where layers are named: https://jacobgil.github.io/pytorch-gradcam-book/HuggingFace.html and
-#: https://github.com/jacobgil/pytorch-grad-cam#choosing-the-target-layer
+# Where layers are named: https://jacobgil.github.io/pytorch-gradcam-book/HuggingFace.html and
+# https://github.com/jacobgil/pytorch-grad-cam#choosing-the-target-layer
 BOOK, README = "pytorch-gradcam-book, HuggingFace", "pytorch-grad-cam, README"
 
 

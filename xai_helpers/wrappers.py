@@ -259,7 +259,11 @@ def category_index(model: torch.nn.Module, name: str) -> int:
         ...
         ValueError: the model has no category 'coffee'; the closest are: 'coffee cup', 'coin'
     """
-    names = _names(model, f"category {name!r} has no index: give the index")
+    return index_among(_names(model, f"category {name!r} has no index: give the index"), name)
+
+
+def index_among(names: Mapping[int, str], name: str) -> int:
+    """The index of a category among names, as `category_index` finds it; raises what that does."""
     indices = matching_categories(names, name)
     if len(indices) > 1:
         raise ValueError(f"several categories are named {name!r}: give one of their indices, {indices}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from captum.attr import DeepLift
+from PIL import Image
 
 from xai_helpers.checks import Wrong, alike, another, as_array, correlation, is_heat_map, is_noise, right, same
 from xai_helpers.wrappers import check_picture, device_of, frozen
@@ -78,20 +79,24 @@ def input_x_gradient(answer: Any, net: torch.nn.Module, pixel_values: torch.Tens
 
 def black_like(function: Callable, pixel_values: torch.Tensor, processor: Any) -> None:
     """Task: a function (picture, processor) -> a black picture of the same shape, as the processor would make it."""
-    mean, std = (np.reshape(values, (1, -1, 1, 1)) for values in (processor.image_mean, processor.image_std))
+    def of(colour):
+        made = processor(images=Image.new("RGB", (64, 64), colour), return_tensors="pt")["pixel_values"][0]
+        return made[:, made.shape[1] // 2, made.shape[2] // 2].numpy(force=True).reshape(1, -1, 1, 1)
+
+    black, white = of("black"), of("white")
     whole = np.zeros(pixel_values.shape)
     darkest = float(pixel_values.detach().min())
     mistakes = {
         "is zero everywhere, which is the mean colour: black is 0 before the normalisation": whole,
-        "is not divided by the standard deviation": whole - mean,
+        "is not divided by the standard deviation": whole + black / (white - black),
         "is white, or has the opposite sign: black is 0 before the normalisation, and the mean is taken off": whole
-        + (1 - mean) / std,
-        "has the opposite sign: the mean is taken off": whole + mean / std,
+        + white,
+        "has the opposite sign: the mean is taken off": whole - black,
         "is the darkest value of this picture, which need not be black": whole + darkest,
         "is -1 everywhere, which is black for a mean and a standard deviation of 0.5 only": whole - 1,
     }
-    same(function(pixel_values, processor), whole - mean / std, "The picture", mistakes, tolerance=1e-3)
-    right("Black is " + ", ".join(f"{value:.2f}" for value in (-mean / std).ravel()) + " in the channels.")
+    same(function(pixel_values, processor), whole + black, "The picture", mistakes, tolerance=1e-3)
+    right("Black is " + ", ".join(f"{value:.2f}" for value in black.ravel()) + " in the channels.")
 
 
 def _integral(net, pixel_values, baseline, index, steps=24):
