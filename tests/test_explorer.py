@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 
 from xai_helpers import explorer as module
 from xai_helpers.checkpoints import load, scene_categories
@@ -21,12 +21,13 @@ from xai_helpers.explorer import (
     explorer,
     make_maps,
     methods_with_settings,
+    peak,
     pictures,
     shown,
     view,
     with_outline,
 )
-from xai_helpers.layers import find_target_layers
+from xai_helpers.layers import TargetLayer, find_target_layers
 from xai_helpers.leaderboard import methods_for
 from xai_helpers.recipes import RECIPES
 from xai_helpers.scenes import PHOTOS, Scene, make_scene
@@ -225,6 +226,12 @@ def test_the_window_fits_into_a_wide_picture(resnet, share):
     assert maps.shape == (1, 32, 200)
 
 
+def test_the_peak_of_several_is_the_one_nearest_to_their_middle():
+    heat = np.zeros((4, 8), np.float32)
+    heat[1, [0, 1, 7]] = 1
+    assert peak(heat) == (1.5 / 8, 1.5 / 4)
+
+
 def test_pictures_keep_their_shape(left_half):
     assert shown(left_half.image, 100).size == (100, 50)
     assert with_outline(shown(left_half.image, 100), left_half.masks[0]).size == (100, 50)
@@ -402,35 +409,104 @@ def prepared(page, tmp_path_factory):
     return folder, page.prepare(folder, {"resnet": "ResNet", "vit": "ViT"}, [TWO, ONE], SHORT)
 
 
-def test_the_page_has_a_picture_and_scores_for_every_choice(prepared):
+def stored(folder, data, picture, model, category, method, setting):
+    """A map of the page, in [0, 1], found by its place in a file."""
+    about = data["pictures"][picture]
+    categories = list(about["seen"][about["by"][model]]["categories"])
+    with Image.open(folder / picture / model / f"{method}.webp") as file:
+        rows = np.split(np.asarray(file.convert("L")), len(data["models"][model]["methods"][method]["settings"]))
+    return np.split(rows[setting], len(categories), axis=1)[categories.index(category)] / 255
+
+
+def test_the_page_has_maps_and_scores_for_every_choice(prepared):
     folder, data = prepared
-    expected = set()
+    expected = {"first-a.webp", "first-b.webp"}
     assert set(data["pictures"]) == {"scene-a-cat-and-a-coffee-cup", "photo-a-cat"}
     assert "guided-backprop" in data["models"]["resnet"]["methods"]
     assert "guided-backprop" in data["methods"] and "guided-backprop" not in data["models"]["vit"]["methods"]
     for picture, about in data["pictures"].items():
-        for category in about["categories"]:
-            expected.add(f"{picture}/{category}.webp")
-            for model, known in data["models"].items():
-                scores = data["scores"][picture][model][category]
+        [seen] = about["seen"]  # both models see the same
+        expected |= {f"{picture}/thumbnail.webp", f"{picture}/seen-0.webp"}
+        assert Image.open(folder / picture / "seen-0.webp").size == tuple(seen["size"])
+        for model, known in data["models"].items():
+            assert about["by"][model] == 0
+            assert set(data["scores"][picture][model]) == set(seen["categories"])
+            for category, scores in data["scores"][picture][model].items():
                 assert set(scores) == set(known["methods"])
                 for method, found in scores.items():
+                    expected.add(f"{picture}/{model}/{method}.webp")
                     assert len(found) == len(known["methods"][method]["settings"])
-                    assert all(hit in (0, 1) and 0 <= inside <= 100 for hit, inside in found)
-                    expected |= {f"{picture}/{category}/{model}-{method}-{i}.webp" for i in range(len(found))}
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.webp")}
-    assert set(files) == expected
-    for name, path in files.items():
-        assert list(Image.open(path).size) == list(data["pictures"][name.split("/")[0]]["size"])
-    assert sum(path.stat().st_size for path in files.values()) / len(files) < 9_000
+                    for setting, (hit, inside, x, y) in enumerate(found):
+                        assert hit in (0, 1) and 0 <= inside <= 100
+                        heat = stored(folder, data, picture, model, category, method, setting)
+                        assert heat.shape == (128, 128) and heat.max() > 0.99
+                        assert heat[y * 128 // 1000, x * 128 // 1000] > 0.9
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.webp")} == expected
+
+
+def test_the_page_stores_the_maps_themselves(prepared, question, methods):
+    heats = make_maps(methods["integrated gradients"], "grey", question)
+    for heat, category in zip(heats, ("cat", "coffee-cup"), strict=True):
+        found = stored(*prepared, "scene-a-cat-and-a-coffee-cup", "resnet", category, "integrated-gradients", 0)
+        assert np.abs(found - heat).max() < 0.51 / 255
+
+
+def test_layers_on_the_page_are_in_the_order_of_the_model(prepared):
+    resnet, vit = (prepared[1]["models"][key]["methods"] for key in ("resnet", "vit"))
+    about = resnet["grad-cam"]
+    stages = [about["settings"][number].split(",")[0] for number in about["order"]]
+    assert stages == [f"encoder.stages.{i}" for i in range(3)]
+    blocks = [re.search(r"layers?\.(\d+)", vit["grad-cam"]["settings"][i])[1] for i in vit["grad-cam"]["order"]]
+    assert blocks == sorted(blocks, key=int)
+    assert "order" not in resnet["edges"]
+
+
+def test_the_output_of_a_stage_lies_behind_its_blocks(page):
+    model = torch.nn.ModuleDict({"a": torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU()), "b": torch.nn.ReLU()})
+    paths = {"stage": "a", "last": "b", "block": "a.1"}
+    layers = {label: TargetLayer(model, path, None) for label, path in paths.items()}
+    depth = page.depths(model, layers)
+    assert sorted(layers, key=depth.get) == ["block", "stage", "last"]
+
+
+def test_outlines_on_the_page_enclose_the_objects(prepared, question):
+    [seen] = prepared[1]["pictures"]["scene-a-cat-and-a-coffee-cup"]["seen"]
+    size = tuple(4 * length for length in seen["size"])
+    for mask, about in zip(question.masks, seen["categories"].values(), strict=True):
+        filled = Image.new("1", size)
+        for part in about["outline"].removesuffix("Z").split("Z"):
+            numbers = [4 * float(number) for number in re.findall(r"[\d.-]+", part)]
+            drawn = Image.new("1", size)
+            ImageDraw.Draw(drawn).polygon(numbers, fill=1)
+            filled = ImageChops.logical_xor(filled, drawn)  # a hole is enclosed twice
+        wanted = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        found = np.asarray(filled)
+        assert (wanted & found).sum() / (wanted | found).sum() > 0.97
+
+
+def test_a_model_with_other_categories_sees_a_picture_in_its_own_way(page, tmp_path):
+    astronaut = "Photo: an astronaut and a rocket"
+    models = {"resnet": "ResNet", "efficientnet-lite": "EfficientNet-Lite"}
+    data = page.prepare(tmp_path, models, [astronaut], {"SmoothGrad": 1, "edges": None})
+    about = data["pictures"][page.slug(astronaut)]
+    names = [{key: one["name"] for key, one in seen["categories"].items()} for seen in about["seen"]]
+    assert names == [{"astronaut": "astronaut", "rocket": "rocket"}, {"rocket": "space shuttle"}]
+    assert about["by"] == {"resnet": 0, "efficientnet-lite": 1}
+    assert set(data["models"]["efficientnet-lite"]["methods"]) == {"edges"}  # it has no time for SmoothGrad
+    assert (tmp_path / page.slug(astronaut) / "seen-1.webp").is_file()
+
+
+def test_the_page_has_all_families_with_names(page):
+    assert set(RECIPES) <= set(page.MODELS) and {"clip-base", "efficientnet-lite"} <= set(page.MODELS)
+    assert len(set(page.MODELS.values())) == len(page.MODELS)
+    assert set(page.IN_FULL) | set(page.LEFT_OUT) <= set(page.MODELS) and set(page.PICTURES) <= set(pictures())
 
 
 def test_the_page_and_the_notebook_have_the_same_scores(prepared, question, methods):
     heat = make_maps(methods["integrated gradients"], "grey", question)[1]
     seen = view(question, 1, heat)
-    hit, inside = prepared[1]["scores"]["scene-a-cat-and-a-coffee-cup"]["resnet"]["coffee-cup"]["integrated-gradients"][
-        0
-    ]
+    scores = prepared[1]["scores"]["scene-a-cat-and-a-coffee-cup"]["resnet"]["coffee-cup"]
+    hit, inside, *_ = scores["integrated-gradients"][0]
     assert seen.verdict == f"{'hit' if hit else 'miss'}, {inside}% inside"
 
 
@@ -449,7 +525,7 @@ def test_the_fragment_holds_the_data_and_needs_nothing_from_elsewhere(page, prep
     assert json.loads(kept) == json.loads(json.dumps(data))
     assert "http" not in text and "import" not in text.replace("!important", "")
     without_script = re.search("<noscript>(.*?)</noscript>", text, re.DOTALL)[1]
-    sources = re.findall(r'<img src="\.\./explorer/([^"]+)" alt="[^"]+inside">', without_script)
+    sources = re.findall(r'<img src="\.\./explorer/([^"]+)" [^>]*alt="[^"]+inside">', without_script)
     assert len(set(sources)) == 2 and all((folder / source).is_file() for source in sources)
     assert not re.search(r"\b(COLOURS|WITHOUT_SCRIPT|DATA)\b", text)
 
