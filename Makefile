@@ -16,6 +16,10 @@ export HF_HUB_DISABLE_PROGRESS_BARS = 1
 # A bar that was drawn in a chapter would leave an empty widget on its page.
 export TQDM_DISABLE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
+# glibc would give each large array back to the system, and get the next one page by page: a tenth of all seconds.
+export MALLOC_MMAP_THRESHOLD_ = 1000000000
+export MALLOC_TRIM_THRESHOLD_ = 2000000000
+export MALLOC_TOP_PAD_ = 67108864
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL = help
@@ -35,9 +39,25 @@ EXPLORER = _build/explorer/fragment.html
 $(EXPLORER): .venv/ready book/explorer.py book/explorer.html $(shell find xai_helpers -type f ! -name '*.pyc')
 	OMP_NUM_THREADS=2 $(BIN)/python book/explorer.py _build/explorer
 
+# What npm has installed; see .venv/ready.
+RUNTIME = .venv/web
+MODULES = $(RUNTIME)/node_modules
+
+# MathJax and the typefaces, which all pages share.
+SHARED = _build/shared/mathjax/tex-chtml.js
+
+$(SHARED): .venv/ready
+	mkdir -p _build/shared/fonts $(@D)/output/chtml/fonts
+	cp $(MODULES)/@fontsource-variable/source-serif-4/files/*-4-latin-wght-*.woff2 _build/shared/fonts
+	cp $(MODULES)/@fontsource-variable/source-serif-4/LICENSE _build/shared/fonts/source-serif-4.txt
+	cp $(MODULES)/@fontsource-variable/source-sans-3/files/*-3-latin-wght-normal.woff2 _build/shared/fonts
+	cp $(MODULES)/@fontsource-variable/source-sans-3/LICENSE _build/shared/fonts/source-sans-3.txt
+	cp -r $(MODULES)/mathjax/es5/output/chtml/fonts/woff-v2 $(@D)/output/chtml/fonts
+	cp $(MODULES)/mathjax/LICENSE $(@D)
+	cp $(MODULES)/mathjax/es5/tex-chtml.js $@
+
 # The live page's network, and onnxruntime-web, which runs it in a browser.
 LIVE = _build/live/fragment.html
-RUNTIME = .venv/web
 
 $(LIVE): .venv/ready book/live.py $(wildcard book/live/*) $(shell find xai_helpers -type f ! -name '*.pyc')
 	$(BIN)/python book/live.py _build/live $(RUNTIME)
@@ -50,7 +70,7 @@ $(CARDS): .venv/ready book/cards.py $(shell find xai_helpers -type f ! -name '*.
 
 # One page alone, in _build/page/_build/html, where links to others lead nowhere:
 # make book CHAPTER=notebooks/recipes/swin.ipynb
-book: .venv/ready $(if $(CHAPTER),,$(EXPLORER) $(LIVE) $(CARDS))  ## execute the chapters and build the book in _build/html; warnings are errors
+book: .venv/ready $(SHARED) $(if $(CHAPTER),,$(EXPLORER) $(LIVE) $(CARDS))  ## execute the chapters and build the book in _build/html; warnings are errors
 	$(EXECUTE) $(CHAPTER)
 ifdef CHAPTER
 	mkdir -p _build/page
@@ -60,6 +80,7 @@ else
 	rm -rf _build/html _build/.doctrees
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	$(BIN)/python book/lighter.py _build/html
+	$(BIN)/python book/moved.py _build/html
 endif
 
 serve:  ## show the built book on http://localhost:8000 (another port: PORT=8001)

@@ -1,8 +1,10 @@
 """Make the built book lighter: `python book/lighter.py FOLDER`, which `make book` runs on _build/html.
 
 Pages show WebP in place of PNG, which stays behind the link of a figure and for previews. Each image has its width and
-height, so that nothing jumps, and all but a page's first figure are loaded when they come into view. The icons' script
-goes: their fonts, which are loaded anyway, draw the same.
+height, so that nothing jumps, and all but a page's first figure are loaded when they come into view. The typefaces are
+asked for first, so that they are there when text is drawn. The icons' script goes: their fonts, which are loaded
+anyway, draw the same. The empty corners of pandas' tables are no headers, which a screen reader would read out, and
+what folds a part of the contents has a name.
 """
 
 import re
@@ -14,6 +16,11 @@ from PIL import Image
 QUALITY = 88
 IMAGE = re.compile(r"<img\b[^>]*>")
 ICONS = re.compile(r'\s*<script src="[^"]*/fontawesome/[^"]*\.js[^"]*"></script>')
+CORNER = re.compile(r"<th\b([^>]*)>(?:&nbsp;|\s)*</th>")
+TOGGLE = re.compile(r'<summary>(?=<span class="toctree-toggle")')
+STYLES = re.compile(r'<link href="([^"]*_static/)styles/theme\.css')
+TYPEFACES = ["source-serif-4-latin-wght-normal", "source-serif-4-latin-wght-italic", "source-sans-3-latin-wght-normal"]
+PRELOAD = '<link rel="preload" as="font" type="font/woff2" crossorigin href="{}fonts/{}.woff2" />\n'
 
 
 def attribute(tag, name):
@@ -27,6 +34,10 @@ def as_webp(path):
         with Image.open(path) as picture:
             picture.convert("RGBA" if picture.has_transparency_data else "RGB").save(target, quality=QUALITY, method=4)
     return target
+
+
+def preloads(found):
+    return "".join(PRELOAD.format(found[1], name) for name in TYPEFACES) + found[0]
 
 
 def lighten(page):
@@ -51,7 +62,9 @@ def lighten(page):
         return re.sub(r"\s*/?>$", f"{more} />", tag)
 
     text = page.read_text(encoding="utf-8")
-    page.write_text(ICONS.sub("", IMAGE.sub(lighter, text)), encoding="utf-8", newline="\n")
+    text = TOGGLE.sub('<summary aria-label="Pages of this part">', text)
+    text = STYLES.sub(preloads, CORNER.sub(r"<td\1></td>", ICONS.sub("", IMAGE.sub(lighter, text))))
+    page.write_text(text, encoding="utf-8", newline="\n")
     return seen
 
 

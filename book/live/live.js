@@ -395,6 +395,7 @@ function begin() {
       `The network can't run in this browser: it has no ${missing.join(" and no ")}. A current one has; some have it ` +
       "switched off. The other pages of this book need none of it.";
     part("cannot").hidden = false;
+    part("tool").hidden = true;
     return;
   }
   root.querySelector(".xl-photos").append(...data.photos.map(({ title, photo, thumbnail }) => {
@@ -440,7 +441,6 @@ function begin() {
   part("opacity").addEventListener("input", showMaps);
   part("save").addEventListener("click", save);
   for (const panel of ["a", "b"]) part("trust-" + panel).addEventListener("click", () => trust(panel));
-  part("tool").hidden = false;
 }
 
 begin();
