@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 NO_CHAPTERS = {".ipynb_checkpoints", "student"}
 CHAPTERS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if not NO_CHAPTERS & set(p.parts))
-#: Chapters that begin with the shortest code that does it, and their folders.
-ANSWER_FIRST = {"recipes", "clip", "methods", "which_method", "your_model"}
+#: The page of errors, which begins with no answer.
+OTHER_SHAPE = {"anatomy"}
 BUDGET = 30  # seconds on one core
 MAX_LINES = 12  # ten, and two for a call that is easier to read over several lines
 
@@ -55,8 +55,30 @@ def bullets(cell):
     return [" ".join(item.split()) for item in re.findall(r"^[-*] (.+(?:\n  .+)*)", source(cell), flags=re.MULTILINE)]
 
 
+REFERENCE = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "book" / "api").glob("*.md")))
+
+
+def pages(toc):
+    """The pages of the table of contents, or of a part of it, in its order."""
+    for page in [part for kind in ("parts", "chapters", "sections") for part in toc.get(kind, [])]:
+        yield from [page["file"]] if "file" in page else []
+        yield from pages(page)
+
+
+PAGES = ["book/index", *pages(yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8")))]
+
+
+def test_the_reference_has_every_module_once_and_its_overview_every_page():
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "xai_helpers").rglob("*.py")]
+    modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
+    inside = {name for name in modules if re.search(r"\._|^xai_helpers\.scenes\.", name)}
+    assert sorted(re.findall(r"automodule:: (\S+)", REFERENCE)) == sorted(modules - inside - {"xai_helpers"})
+    linked = re.findall(r"^{doc}`[^<]+<(api/\w+)>`$", (ROOT / "book/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [f"book/{page}" for page in linked] == [page for page in PAGES if page.startswith("book/api/")]
+
+
 def test_every_function_of_the_reference_has_types():
-    modules = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text(encoding="utf-8"))
+    modules = re.findall(r"automodule:: (\S+)", REFERENCE)
     assert "xai_helpers.cam" in modules
     without = []
     for module in map(importlib.import_module, modules):
@@ -75,12 +97,57 @@ def test_there_are_chapters():
 
 
 def test_every_notebook_is_in_the_table_of_contents():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    pages = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
-    notebooks = [page for page in pages if page.startswith("notebooks/")]
+    notebooks = [page for page in PAGES if page.startswith("notebooks/")]
     assert sorted(notebooks) == sorted(p.relative_to(ROOT).with_suffix("").as_posix() for p in CHAPTERS)
-    for page in set(pages) - set(notebooks):
+    for page in set(PAGES) - set(notebooks):
         assert (ROOT / f"{page}.md").is_file(), page
+
+
+def test_links_to_the_glossary_lead_to_its_terms():
+    glossary = (ROOT / "book" / "glossary.md").read_text(encoding="utf-8")
+    terms = re.search(r"```{glossary}\n:sorted:\n(.+?)```", glossary, flags=re.DOTALL)[1]
+    there = {f"term-{term.replace(' ', '-')}" for term in re.findall(r"^\S.*$", terms, flags=re.MULTILINE)}
+    entries = [entry for entry in re.split(r"\n\n", terms.strip()) if entry]
+    assert len(there) >= 30 and all(re.search(r"\]\(|{doc}`|{term}`", entry) for entry in entries)
+    for path in CHAPTERS:
+        prose = "\n".join(source(cell) for cell in cells(path, "markdown"))
+        linked = re.findall(r"\]\(\.\./\.\./book/glossary\.md#([^)]*)\)", prose)
+        assert set(linked) <= there, "the book's build does not look these up"
+        assert len(linked) == len(set(linked)), "a term is linked where it is used first"
+        assert "{term}" not in prose, "Colab would show it as it stands"
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """book/moved.py"""
+    monkeypatch.syspath_prepend(ROOT / "book")
+    return importlib.import_module("moved")
+
+
+def test_addresses_without_a_page_lead_on(moved, tmp_path):
+    assert set(moved.LEADS_TO.values()) <= set(PAGES) and not set(moved.LEADS_TO) & set(PAGES)
+    for page in {*moved.LEADS_TO.values(), "book/new"}:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{page}.html").write_text("<title>A page</title>")
+    for path in moved.write(tmp_path) + moved.write(tmp_path, {"notebooks/old/page": "book/new"}):
+        text = path.read_text(encoding="utf-8")
+        [address] = re.findall(r'http-equiv="refresh" content="0; url=([^"]+)"', text)
+        goal = (path.parent / address).resolve()
+        assert goal.read_text() == "<title>A page</title>"
+        canonical = f"{CONFIG['html']['baseurl']}{goal.relative_to(tmp_path.resolve()).as_posix()}"
+        assert f'<link rel="canonical" href="{canonical}">' in text
+    with pytest.raises(ValueError, match="no such page"):
+        moved.write(tmp_path, {"book/old": "book/none"})
+    with pytest.raises(ValueError, match="a page of its own"):
+        moved.write(tmp_path, {"book/new": "book/api"})
+    assert not (tmp_path / "book/old.html").exists()
+
+
+def test_no_page_that_was_published_is_gone(moved):
+    """As far as the history reaches that is there."""
+    log = subprocess.run(["git", "log", "-p", "--format=", "--", "_toc.yml"], cwd=ROOT, capture_output=True, text=True)
+    published = set(re.findall(r"^[-+] +- file: (\S+)", log.stdout, flags=re.MULTILINE))
+    assert not published - set(PAGES) - set(moved.LEADS_TO), "tell book/moved.py where they lead to"
 
 
 @each_chapter
@@ -91,26 +158,22 @@ def test_chapter_is_stored_without_outputs(path):
 
 
 def answers_first(path):
-    return bool(ANSWER_FIRST & {path.parent.name, path.stem})
+    """Whether a chapter begins with the shortest code that does it; labs begin with a picture, too, and have tasks."""
+    return path.parent.name != "labs" and path.stem not in OTHER_SHAPE
 
 
 @each_chapter
-def test_chapter_has_goals_and_a_recap(path):
+def test_chapter_has_goals_and_findings(path):
     first, *_, last = cells(path)
     assert first["cell_type"] == last["cell_type"] == "markdown"
     assert source(first).startswith("# ")
-    if answers_first(path):
-        assert not bullets(first), "the goals are one line"
-        assert len(source(first).split("\n\n")) == 2 and len(source(first)) < 330, "a title, and a line of goals"
-        *_, heading, findings, last = cells(path)
-        assert source(heading).endswith("## Three findings") and "findings" in findings["metadata"]["tags"]
-        assert len(re.findall(r"^- ", source(findings), flags=re.MULTILINE)) == 3
-        assert source(findings).count("{") >= 3, "findings have numbers of this page"
-        assert "Where to go next" in source(last)
-    else:
-        assert len(bullets(first)) == 3, "the first cell names three goals"
-        assert re.search(r"^## .*recap", source(last), flags=re.MULTILINE | re.IGNORECASE)
-        assert bullets(last)[:3] == bullets(first), "the last cell repeats the goals"
+    assert not bullets(first), "the goals are one line"
+    assert len(source(first).split("\n\n")) == 2 and len(source(first)) < 330, "a title, and a line of goals"
+    *_, heading, findings, last = cells(path)
+    assert source(heading).endswith("## Three findings") and "findings" in findings["metadata"]["tags"]
+    assert len(re.findall(r"^- ", source(findings), flags=re.MULTILINE)) == 3
+    assert source(findings).count("{") >= 3, "findings have numbers of this page"
+    assert "Where to go next" in source(last)
 
 
 @each_chapter
@@ -150,7 +213,8 @@ def test_second_cell_installs_the_package_in_colab(path):
 @each_chapter
 def test_code_cells_are_short(path):
     for cell in cells(path, "code"):
-        if "hide-input" in cell["metadata"].get("tags", []) and answers_first(path):
+        tags = set(cell["metadata"].get("tags", []))
+        if {"claims", "findings"} & tags or ("hide-input" in tags and answers_first(path)):
             continue  # folded
         lines = [line for line in source(cell).splitlines() if not line.lstrip().startswith(("###", "# Hint:"))]
         assert len(lines) <= MAX_LINES, source(cell)
@@ -173,6 +237,8 @@ def test_described_figures_have_words(path):
         if "figure" in options or "image" in options:  # a figure with a title may do without a caption, not without alt
             assert len(options["image"]["alt"].split()) >= 4, source(cell)
             assert "figure" not in options or len(options["figure"]["caption"].split()) >= 4, source(cell)
+        if re.search(r"^(step_through|before_after)\(", source(cell), flags=re.MULTILINE):
+            assert "image" not in options, "a slider describes its pictures itself"
 
 
 def test_no_function_or_class_is_defined_in_two_chapters():
