@@ -51,7 +51,8 @@ class Quiet(SimpleHTTPRequestHandler):
 def names():
     """All pages in the order of the table of contents."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    listed = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    return [contents["root"], *(page["file"] for one in listed for page in (one, *one.get("sections", [])))]
 
 
 def empty():

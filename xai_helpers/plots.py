@@ -244,7 +244,7 @@ def map_picture(
 
     Args:
         image: the picture that the model saw, at any resolution.
-        heat: (height, width) in [0, 1].
+        heat: (height, width), as in `overlay`.
         width: of what is drawn, in pixels.
         answer: bool mask, drawn as an outline.
         full_at: as in `overlay`.
@@ -254,7 +254,7 @@ def map_picture(
         such as "hit, 63% inside", without one "".
 
     Raises:
-        ValueError: `heat` is not a single map in [0, 1], or `full_at` is no quantile.
+        ValueError: as in `overlay`.
     """
     heat = np.asarray(without_device(heat))
     answer = None if answer is None else np.asarray(without_device(answer))
@@ -273,9 +273,8 @@ def _colour_bar(figure, axes, full_at, maps):
     if min((heat.min() for heat in maps), default=0) < 0:
         colours, words = ScalarMappable(Normalize(-1, 1), SIGNED), "against it (below 0), for it"
     else:
-        colours, words = ScalarMappable(cmap=HEAT_OVER_GREY), "share of the maximum"
-    if full_at < 1:
-        words = f"share of the {full_at:.3g} quantile"
+        share = "maximum" if full_at == 1 else f"{full_at:.3g} quantile"
+        colours, words = ScalarMappable(cmap=HEAT_OVER_GREY), f"share of the {share}"
     figure.colorbar(colours, ax=axes, shrink=0.8, aspect=30, pad=0.02, label=words)
 
 
