@@ -3,6 +3,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,12 @@ def test_a_picture_of_a_map_is_its_overlay_with_outline_and_cross():
     changed = np.abs(np.asarray(drawn, int) - overlay(large, LEFT)).max(axis=2) > 9
     assert changed[48, 143:145].all() and not changed[48, 148:188].any()  # the answer: columns 144 to 192
     assert changed[:, :48].any() and not changed[:, 48:140].any()  # the cross: in the first quarter
+
+
+def test_a_picture_of_a_map_needs_no_layout_of_its_own(recwarn):
+    with matplotlib.rc_context({"figure.constrained_layout.use": True}):  # as in the book's matplotlibrc
+        map_picture(PHOTO, LEFT, width=96)
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_names_are_no_markup_and_numbers_do_not_clash():

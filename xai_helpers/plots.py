@@ -260,7 +260,7 @@ def map_picture(
     answer = None if answer is None else np.asarray(without_device(answer))
     image = read_picture(image)
     image = image.resize((width, max(1, round(width * image.height / image.width))), Image.Resampling.LANCZOS)
-    figure = Figure(figsize=(image.width / 80, image.height / 80), dpi=80, layout=None)
+    figure = Figure(figsize=(image.width / 80, image.height / 80), dpi=80, layout="none")
     canvas = FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.axis("off")
