@@ -277,8 +277,8 @@ class Dense(Convolutions):
         (Convolutions, picture(), {"target_layer": nn.Linear(1, 1)}, ValueError, "Linear is not part of this"),
         (Convolutions, picture(), {"gamma": -1}, ValueError, "gamma is a number of at least 0"),
         (ZeroHead, picture(), {}, ValueError, "gradient of the scores is zero everywhere"),
-        (Aside, picture(), {"target_layer": "unreached"}, ValueError, "unreached runs 0 times .*find_target_layers"),
-        (Aside, picture(), {"target_layer": "twice"}, ValueError, "twice runs 2 times in a pass"),
+        (Aside, picture(), {"target_layer": "unreached"}, ValueError, "unreached is not reached.*find_target_layers"),
+        (Aside, picture(), {"target_layer": "twice"}, ValueError, "twice runs more than once in a pass"),
         (Convolutions, picture(), {"target_layer": "head"}, ValueError, "head returns shape .*find_target_layers"),
     ],
 )

@@ -265,7 +265,7 @@ def test_the_outline_runs_along_the_edge_of_the_answer(factor):
 
 @pytest.mark.filterwarnings("error")
 def test_an_answer_that_a_crop_cut_off_is_a_miss():
-    _, ax = panels(show_maps(flat(), MAPS, ["cat"], answers=np.zeros((1, 4, 4), bool)))
+    _, ax = panels(show_maps(flat(), MAPS, ["cat"], answers=np.zeros((1, 4, 4), bool), seen=(0, 0, 48, 32)))
     assert ax.get_title() == "cat\nmiss, 0% inside"
 
 

@@ -105,7 +105,7 @@ def test_a_picture_of_a_map_is_its_overlay_with_outline_and_cross():
 
 def test_a_picture_of_a_map_needs_no_layout_of_its_own(recwarn):
     with matplotlib.rc_context({"figure.constrained_layout.use": True}):  # as in the book's matplotlibrc
-        map_picture(PHOTO, LEFT, width=96)
+        map_picture(PHOTO, LEFT, width=96, seen=(0, 0, 96, 48))
     assert [str(warning.message) for warning in recwarn] == []
 
 

@@ -187,7 +187,9 @@ def test_an_index_beyond_the_scores_is_refused(index):
         (torch.zeros(3, 8, 8), r"\(3, 8, 8\).*unsqueeze\(0\)"),
         (torch.zeros(2, 3, 8, 8), r"one image at a time: pixel_values\[i : i \+ 1\]"),
         (torch.zeros(1, 8, 8, 3), r"permute\(0, 3, 1, 2\)"),
-        (torch.zeros(1, 4, 8, 8), r"\(1, 4, 8, 8\).*processor"),
+        (torch.zeros(1, 8, 8), "unsqueeze"),
+        (torch.zeros(1, 0, 8, 8), r"\(1, 0, 8, 8\).*processor"),
+        (torch.zeros(1, 16, 3, 8, 8), r"a video or a volume, explain one frame.*flatten\(1, 2\).*occlude"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "uint8.*normalise"),
         (torch.full((1, 3, 8, 8), float("nan")), "NaN or infinite"),
         (torch.zeros(1, 3, 8, 8).log(), "NaN or infinite"),
@@ -200,7 +202,8 @@ def test_pictures_of_another_kind_say_what_to_do(pixel_values, message):
 
 def test_pictures_pass():
     check_picture(torch.zeros(1, 3, 8, 9))
-    check_picture(torch.zeros(1, 1, 8, 9))
+    for channels in (1, 2, 4, 5, 9, 12):
+        check_picture(torch.zeros(1, channels, 8, 9))
     check_picture(torch.zeros(1, 3, 8, 9, device="meta"))  # has no values
 
 

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from xai_helpers.wrappers import LogitsModel, category_targets, eager_attention, frozen, input_for
+from xai_helpers.layers import NO_GRADIENT
+from xai_helpers.wrappers import (
+    Scorer,
+    category_targets,
+    check_scores,
+    eager_attention,
+    finished_maps,
+    frozen,
+    input_for,
+    no_checkpointing,
+)
 
 
 def relevance(
@@ -19,12 +29,13 @@ def relevance(
     positive effect on the score: R <- R + mean over heads of max(attention * its gradient, 0) @ R. The map is the
     row of the token that the head reads: the CLS row (the mean of the rows, for several such tokens), or that of a
     YOLOS's detection token; for a mean-pooled head, the mean of the patches' rows. Which of the two is seen from
-    the gradient: only the rows that the head reads have one in the last block. One forward pass, and one backward
-    pass a category. The model is explained in eval mode with eager attention, and left as it was.
+    the gradient: only the rows that the head reads have one in the last block. Where it reads both, as DINOv2's does,
+    each counts by what its attentions in that block do for the score, attention times gradient. One forward pass, and
+    one backward pass a category. The model is explained in eval mode with eager attention, and left as it was.
 
     Args:
         model: a ViT-like transformers model, or a module around one that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
         categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
 
     Returns:
@@ -32,8 +43,12 @@ def relevance(
 
     Raises:
         ValueError: no attention between all patches can be read (a CNN, windowed or pooled attention); an unknown
-            category; a callable that returns no single number; a category that no attention has an effect on;
-            pixel_values of another shape or not finite; a model in half precision.
+            category; a callable that returns no single number; a category that no attention has an effect on; scores
+            that are not finite, or not (categories,) for a name or an index; a model without a gradient, or made in
+            inference mode; pixel_values of another shape or not finite; a model in half precision.
+
+    Warns:
+        UserWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -44,17 +59,21 @@ def relevance(
     """
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
-    scorer = LogitsModel(model)
+    scorer = Scorer(model)
     with frozen(scorer), eager_attention(scorer):
         scores, attentions, patches = _attend(scorer, pixel_values)
+        picked = [target(scores[0]) for target in targets]
+        check_scores(torch.stack(picked))
         maps = []
-        for target in targets:
-            gradients = _gradients(target(scores[0]), attentions)
-            R = torch.eye(attentions[0].shape[-1], dtype=torch.float32, device=scores.device)
+        for target in picked:
+            gradients = _gradients(target, attentions)
+            # R less the identity, beside which the effects on a tiny score would be rounded away.
+            D = torch.zeros(attentions[0].shape[-2:], dtype=torch.float32, device=scores.device)
             for attention, gradient in zip(attentions, gradients, strict=True):
-                R = R + (attention * gradient).clamp(min=0).mean(dim=1)[0].detach().float() @ R
-            maps.append(_read(R, gradients[-1], patches))
-    return _at_image_size(maps, pixel_values)
+                step = (attention * gradient).clamp(min=0).mean(dim=1)[0].detach().float()
+                D = D + step + step @ D
+            maps.append(_read(D, attentions[-1], gradients[-1], patches))
+    return _at_image_size(maps, pixel_values, "no attention has a positive effect on the score")
 
 
 def rollout(model: torch.nn.Module, pixel_values: torch.Tensor) -> np.ndarray:
@@ -74,15 +93,16 @@ def rollout(model: torch.nn.Module, pixel_values: torch.Tensor) -> np.ndarray:
         (1, 128, 128)
     """
     pixel_values = input_for(model, pixel_values)
-    scorer = LogitsModel(model)
+    scorer = Scorer(model)
     with frozen(scorer), eager_attention(scorer):
         scores, attentions, patches = _attend(scorer, pixel_values)
+        check_scores(scores.reshape(1, -1))
         gradients = _gradients(scores.sum(), attentions)
         R = identity = torch.eye(attentions[0].shape[-1], dtype=torch.float32, device=scores.device)
         for attention in attentions:
             R = (attention.mean(dim=1)[0].detach().float() + identity) / 2 @ R
-        maps = [_read(R, gradients[-1], patches)]
-    return _at_image_size(maps, pixel_values)
+        maps = [_read(R, attentions[-1], gradients[-1], patches)]
+    return _at_image_size(maps, pixel_values, "all places are attended to alike")
 
 
 def _attend(scorer, pixel_values):
@@ -125,22 +145,34 @@ def _attend(scorer, pixel_values):
 
 def _gradients(score, attentions):
     """The gradient of a score with respect to each attention, zero where it has no effect."""
-    gradients = torch.autograd.grad(score, attentions, retain_graph=True, allow_unused=True, materialize_grads=True)
+    if not score.requires_grad:
+        raise ValueError(NO_GRADIENT)
+    with no_checkpointing():
+        gradients = torch.autograd.grad(score, attentions, retain_graph=True, allow_unused=True, materialize_grads=True)
     if not gradients[-1].any():
         raise ValueError("the score does not depend on the attention of the last block")
     return gradients
 
 
-def _read(R, last_gradient, patches):
-    """The patches' relevance (rows, columns) for the tokens that the head reads."""
-    others = last_gradient[0].any(dim=-1).any(dim=0)
-    others[patches.flatten()] = False
-    rows = R[others] if others.any() else R[patches.flatten()]
-    return rows.mean(dim=0)[patches].cpu().numpy()
+def _read(R, attention, gradient, patches):
+    """The patches' relevance (rows, columns) for the tokens that the head reads, by what they do in the last block."""
+    is_patch = torch.zeros(len(R), dtype=torch.bool, device=R.device).index_fill(0, patches.flatten(), True)
+    has_gradient = gradient[0].any(dim=-1).any(dim=0)
+    effects = (attention * gradient)[0].detach().float().abs().sum(dim=(0, 2))
+    relevance = torch.zeros(len(R), device=R.device)
+    for group in (has_gradient & is_patch, has_gradient & ~is_patch):
+        if group.any():
+            rows = R[patches.flatten()] if is_patch[group][0] else R[group]
+            effect = effects[group].sum() / effects.sum().clamp(min=torch.finfo(torch.float32).tiny)
+            relevance = relevance + effect * rows.mean(dim=0)
+    return relevance[patches].cpu().numpy()
 
 
-def _at_image_size(maps, pixel_values):
+def _at_image_size(maps, pixel_values, why_zero):
     from pytorch_grad_cam.utils.image import scale_cam_image  # late, as in `explain`
 
     height, width = pixel_values.shape[2:]
-    return scale_cam_image(scale_cam_image(np.stack(maps), (width, height)))  # normalised again once resized
+    maps = np.stack(maps)
+    low, high = (edge(axis=(1, 2), keepdims=True) for edge in (maps.min, maps.max))
+    maps = (maps - low) / np.where(high > low, high - low, 1)
+    return finished_maps(scale_cam_image(scale_cam_image(maps, (width, height))), why_zero)  # once more when resized

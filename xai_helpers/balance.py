@@ -62,12 +62,13 @@ def balanced_gradients(gamma: float = 0.25) -> TorchFunctionMode:
 
 
 def check_rules_reach(model: torch.nn.Module) -> None:
-    """Raises a ValueError if a part of a model is of torch.jit, whose code runs past the rules."""
+    """Raises a ValueError if a part of a model is of torch.jit, whose code runs past the rules, and past hooks."""
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"{path or 'the model'} is of torch.jit, which runs past the rules of balanced gradients: explain the "
-                "model that it was made of, or use a method that needs no gradient, such as occlude or rise"
+                f"{path or 'the model'} is of torch.jit, which runs past the rules of balanced gradients and past "
+                "hooks at layers: explain the model that it was made of, or use a method that needs neither, such as "
+                "occlude or rise"
             )
 
 

@@ -16,18 +16,27 @@ from torch.nn import functional as F
 from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
-from xai_helpers.reshape import ADVICE, batch_axis, layer_to_map
+from xai_helpers.reshape import ADVICE, batch_axis, check_finite, check_rows, layer_to_map, runs_often
 from xai_helpers.wrappers import (
-    LogitsModel,
+    RUNS_AGAIN,
+    Scorer,
     category_targets,
+    check_scores,
     eager_attention,
+    finished_maps,
     frozen,
     input_for,
     layer_path,
     masked_scores,
+    no_checkpointing,
 )
 
 CALL_OPTIONS = ("aug_smooth", "eigen_smooth")
+TINY = 1e-6  # gradients, beside which what grad-cam adds to its denominators counts
+NOTHING_FOR_IT = (
+    "nothing speaks for it, at least not {where}; signed=True, without a layer, shows what speaks against it, and a "
+    "contrast such as lambda scores: scores[0] - scores[1] what speaks for it rather than for another one"
+)
 
 
 def explain(
@@ -53,15 +62,19 @@ def explain(
     The image runs through the model once. At the target layer its activations are repeated, one row a category, so
     only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
     for the repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it
-    on a CPU, `explain` does. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
+    on a CPU, `explain` does. Each is divided by its own maximum, and gradients of a tiny score are scaled up before,
+    where grad-cam adds 1e-7. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
     from the same scores. AblationCAM does to a channel what grad-cam does, which is not what its paper says: it sets it
-    to 0 only where 0 is the least value of the layer, as behind a ReLU, and else to that value minus ten million. The
-    model is explained in eval mode and left as it was.
+    to 0 only where 0 is the least value of the layer, as behind a ReLU, and else to that value minus ten million. For
+    a negative score grad-cam's own AblationCAM turns the map around, `explain` does not. The model is explained in eval
+    mode and left as it was. Threads that explain one model take turns; others should not run it meanwhile.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
         categories: names from `config.id2label`, indices, or callables (scores of one image -> scalar); one or several.
+            Of a model with a single score, 0 asks what speaks for it, and `lambda scores: -scores` what against it, so
+            for the other one of two categories. Scores that are no row a picture, as a segmenter's, need a callable.
         target_layer: None; or the module whose output is explained, or a `TargetLayer`, as `find_target_layers` and
             `RECIPES` give it; or a list of them, whose maps are averaged. FullGrad reads all layers with a bias,
             whichever is given.
@@ -74,15 +87,21 @@ def explain(
 
     Returns:
         A float32 array (n_categories, height, width) in [0, 1], or in [-1, 1] if signed, at the size of pixel_values.
-        A map is zero everywhere where nothing (at the target layer) speaks for the category.
+        Its maximum is 1, or it is zero everywhere, where nothing (at the target layer) speaks for the category.
 
     Raises:
-        ValueError: an unknown category or method; a callable that returns no single number; pixel_values of another
-            shape or not finite; a model without a gradient, or of torch.jit; a method or reshape transform without a
-            layer; an empty list of layers, or one that is not in the model, is not reached, has no positions or gets no
-            gradient; a reshape transform that does not fit; FullGrad for a model with biases that it does not read;
-            ShapleyCAM with a reshape transform; a model in half precision or without parameters.
+        ValueError: an unknown category or method; a callable that returns no single number; scores that are not finite,
+            or not (categories,) for a name or an index; pixel_values of another shape or not finite; a model without a
+            gradient, of torch.jit, exported, or made in inference mode; a method or reshape transform without a layer;
+            an empty list of layers, or one that is not in the model, is not reached, runs more than once in a pass, has
+            no positions, other rows than the picture's or no gradient; a reshape transform that does not fit; FullGrad
+            for a model with biases that it does not read; ShapleyCAM with a reshape transform; a model in half
+            precision or without parameters.
         TypeError: an option that the method does not have.
+
+    Warns:
+        UserWarning: a map is zero everywhere; or the model cannot be forked at the target layer, and the whole of it
+            runs a row a category.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -94,13 +113,15 @@ def explain(
         >>> grad_cam = explain(model, example.pixel_values, example.categories, model.resnet.encoder.stages[-1])
     """
     if target_layer is None:
-        return _without_layer(model, pixel_values, categories, reshape_transform, method, **options)
+        maps = _without_layer(model, pixel_values, categories, reshape_transform, method, **options)
+        return finished_maps(maps, NOTHING_FOR_IT.format(where="where explain looks"))
     # grad-cam brings scikit-learn along, which takes a while to import: late, here and below.
     from pytorch_grad_cam import AblationCAM, FullGrad, GradCAM, ScoreCAM, ShapleyCAM
     from pytorch_grad_cam.ablation_layer import AblationLayer, AblationLayerVit
     from pytorch_grad_cam.base_cam import BaseCAM
 
     method = GradCAM if method is None else method
+    check_rules_reach(model)
     pixel_values = input_for(model, pixel_values)
     targets = category_targets(model, categories)
     layers, reshape_transform = modules_and_transform(target_layer, reshape_transform)
@@ -119,7 +140,8 @@ def explain(
         )
     if issubclass(method, AblationCAM):
         options.setdefault("ablation_layer", AblationLayer() if reshape_transform is None else AblationLayerVit())
-    if getattr(method, "get_cam_weights", None) in (ScoreCAM.get_cam_weights, AblationCAM.get_cam_weights):
+    masks = getattr(method, "get_cam_weights", None) in (ScoreCAM.get_cam_weights, AblationCAM.get_cam_weights)
+    if masks:
         method = _masking_cam(method)
     call_options = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
     try:
@@ -135,6 +157,7 @@ def explain(
     with frozen(fork), fork.hooks(), contextlib.ExitStack() as stack:
         full_grad = issubclass(method, FullGrad)
         cam = method(fork, *([], None) if full_grad else (layers, reshape_transform), **options)
+        fork.targets = targets if masks or cam.uses_gradients else []  # of EigenCAM, which asks for none
         stack.callback(cam.activations_and_grads.release)  # grad-cam's own `with` block would swallow an IndexError
         for layer in layers:
             stack.enter_context(layer.register_forward_hook(_copy))
@@ -142,12 +165,16 @@ def explain(
             _pair_biases(cam, fork, pixel_values)
         if not cam.detach:
             stack.enter_context(eager_attention(fork))  # ShapleyCAM differentiates twice
-        maps = _forked_maps(cam, fork, pixel_values, targets, call_options)
-    return np.asarray(maps, np.float32)
+        with no_checkpointing():
+            maps = _forked_maps(cam, fork, pixel_values, targets, call_options)
+    if not call_options.get("aug_smooth"):  # whose maps are means
+        maps = maps / maps.max(axis=(1, 2), keepdims=True, where=maps > 0, initial=LEAST)
+    return finished_maps(maps, NOTHING_FOR_IT.format(where="at the target layer"))
 
 
 CENTRE = 0.6  # of the mean over the positions is taken off
 BLUR = 0.02  # of the longer side
+LEAST = torch.finfo(torch.float32).tiny  # by which zero may be divided
 
 
 def _without_layer(model, pixel_values, categories, reshape_transform, method, signed=False, gamma=0.25):
@@ -155,22 +182,25 @@ def _without_layer(model, pixel_values, categories, reshape_transform, method, s
         what = "a reshape transform" if method is None else getattr(method, "__name__", repr(method))
         raise ValueError(f"{what} needs a target layer; {ADVICE}. Without a layer, explain takes neither")
     pixel_values = input_for(model, pixel_values)
-    scorer, source = LogitsModel(model), pixel_values.clone().requires_grad_()
-    targets = category_targets(model, categories)
+    scorer, targets = Scorer(model), category_targets(model, categories)
     with frozen(scorer):
         check_rules_reach(scorer)
-        with balanced_gradients(gamma), tensors_of_modules(scorer) as (tensors, outputs):
-            scores = scorer(source.clone())[0]  # on which it may work in place
+        source = pixel_values.clone().requires_grad_()
+        with no_checkpointing(), balanced_gradients(gamma):
+            with tensors_of_modules(scorer) as (tensors, outputs):
+                scores = scorer(source)[0]
             picked = [target(scores) for target in targets]
-        if not all(target.requires_grad for target in picked):
-            raise ValueError(NO_GRADIENT)
-        depths = depths_of(torch.stack(picked).sum(), source, tensors, outputs)
-        looked_at = [source, *(tensors[place] for place, _ in depths)]
-        found = [torch.autograd.grad(target, looked_at, retain_graph=True) for target in picked]
+            check_scores(torch.stack(picked))
+            if not all(target.requires_grad for target in picked):
+                raise ValueError(NO_GRADIENT)
+            # Within, since layers under gradient checkpointing run once more on the way back.
+            depths = depths_of(torch.stack(picked).sum(), source, tensors, outputs)
+            looked_at = [source, *(tensors[place] for place, _ in depths)]
+            found = [torch.autograd.grad(target, looked_at, retain_graph=True) for target in picked]
         if not all(any(gradient.any() for gradient in gradients) for gradients in found):
             raise ValueError(ZERO_GRADIENT)
         maps = [map_over_depths(looked_at, gradients, depths, signed) for gradients in found]
-    return torch.stack(maps).numpy(force=True).astype(np.float32)
+    return torch.stack(maps).numpy(force=True)
 
 
 def depths_of(
@@ -208,7 +238,7 @@ def map_over_depths(
     size, maps = looked_at[0].shape[2:], []
     lay_outs = [lambda pixels: pixels, *(lay_out for _, lay_out in depths)]
     for tensor, gradient, lay_out in zip(looked_at, gradients, lay_outs, strict=True):
-        values, gradient = lay_out(tensor.detach()), lay_out(gradient)
+        values, gradient = lay_out(tensor.detach()).float(), lay_out(gradient).float()  # of autocast in half precision
         centred = values - CENTRE * values.mean(dim=(2, 3), keepdim=True)
         relevance = (centred * gradient).sum(dim=(0, 1))
         to_rows, to_columns = (
@@ -217,7 +247,7 @@ def map_over_depths(
         )
         maps.append(to_rows @ relevance @ to_columns.T)
     smooth = torch.stack(maps)
-    shares = smooth / smooth.abs().sum(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    shares = smooth / smooth.abs().sum(dim=(1, 2), keepdim=True).clamp(min=LEAST)
     n_early = 1 + math.ceil(len(depths) / 2)
     early, late = shares[:n_early].sum(dim=0), shares[n_early:].sum(dim=0)
     has_late = late.abs().sum() > 0  # not where CLS has it all
@@ -227,7 +257,7 @@ def map_over_depths(
         return torch.where(has_late, heat * (sign * late).clamp(min=0).sqrt(), heat)
 
     heat = towards(1) - towards(-1) if signed else towards(1)
-    return heat / heat.abs().amax(dim=(0, 1)).clamp(min=1e-30)
+    return heat / heat.abs().amax(dim=(0, 1)).clamp(min=LEAST)
 
 
 @functools.lru_cache(maxsize=64)
@@ -273,6 +303,7 @@ def _masking_cam(method):
             _, scores = self.scores(
                 targets, lambda part: self.model(images[:1] * masks[part, None]), len(masks), batch
             )
+            check_scores(scores.T)
             return scores.softmax(dim=1).numpy(force=True)
 
     class Ablation(Shared):
@@ -286,16 +317,24 @@ def _masking_cam(method):
                 ablation.set_next_batch(0, output.movedim(axis, 0), len(ablation.indices))
                 put_in = ablation(None).movedim(0, axis)
                 rows = images[:1] if fork.copies > 1 else images[:1].repeat(len(ablation.indices), 1, 1, 1)
-                with layer.register_forward_hook(lambda *_: put_in, prepend=True):
-                    return fork(rows)
+                fork.put_in = len(ablation.indices)
+                try:
+                    with layer.register_forward_hook(lambda *_: put_in, prepend=True):
+                        return fork(rows)
+                finally:
+                    fork.put_in = None
 
+            if fork.mixes is not None and self.batch_size > 1:
+                raise ValueError(fork.mixed())
             whole, without = self.scores(targets, ablated, len(channels), self.batch_size)
+            check_scores(without.T)
             whole = whole.numpy(force=True)
             without = [
                 self.assemble_ablation_scores(scores, score, channels, activations.shape[1])  # of those left out, too
                 for scores, score in zip(without.numpy(force=True), whole, strict=True)
             ]
-            return (whole[:, None] - np.float32(without)) / whole[:, None]
+            size = np.abs(whole)[:, None]  # what lowers a negative score when it is set to zero speaks for it, too
+            return (whole[:, None] - np.float32(without)) / np.where(size > 0, size, 1)
 
     made = Score if issubclass(method, ScoreCAM) else Ablation
     made.__name__ = method.__name__
@@ -307,19 +346,22 @@ def _copy(layer, inputs, output):
     return output.clone()
 
 
-class _Fork(LogitsModel):
+class _Fork(Scorer):
     """A model whose activations are detached and repeated to `copies` rows at the first target layer it reaches."""
 
     def __init__(self, model, layers, reshape_transform):
         super().__init__(model)
         self.paths = {layer: layer_path(model, layer) for layer in layers}
-        self.reshape_transform = reshape_transform
+        self.reshape_transform, self.targets = reshape_transform, []
 
     def start(self, copies):
         """Forgets what was seen so far."""
-        self.copies = copies
+        self.copies, self.put_in, self.is_running = copies, None, False  # put_in: rows that AblationCAM puts in
         self.outputs, self.axes, self.scores = {}, {}, None  # layer -> its output, and the axis of its pictures
         self.has_gradient = {}  # layer -> bool (rows,), from the backward pass
+
+    def rows(self, pixel_values):
+        return self.put_in or len(pixel_values) * (self.copies if self.seen and torch.is_grad_enabled() else 1)
 
     @contextlib.contextmanager
     def hooks(self):
@@ -330,10 +372,22 @@ class _Fork(LogitsModel):
             yield
 
     def at_target_layer(self, layer, inputs, output):
-        if not torch.is_grad_enabled():  # of masked pictures
+        if self.is_masked:
             return None
-        layer_to_map(output, self.reshape_transform, self.paths[layer])
+        path = self.paths[layer]
+        if not self.is_running:
+            raise ValueError(RUNS_AGAIN)  # of gradient checkpointing, in the backward pass
+        if layer in self.seen:
+            raise ValueError(runs_often(path))
+        self.seen.add(layer)
+        maps = layer_to_map(output, self.reshape_transform, path)
+        if not torch.is_grad_enabled():
+            raise ValueError(f"target layer {path} runs in torch.no_grad(), where no gradient arrives; {ADVICE}")
+        check_rows(maps, len(self.images) * (self.copies if output.requires_grad else 1), path)
+        check_finite(maps, path)
         axis = batch_axis(output, self.reshape_transform)
+        if output.dtype in (torch.float16, torch.bfloat16):  # of autocast, and grad-cam makes arrays of it
+            output = output.float()
         self.outputs[layer], self.axes[layer] = output.detach(), axis
         self.has_gradient[layer] = torch.tensor(False, device="cpu")
         if not output.requires_grad:
@@ -341,25 +395,40 @@ class _Fork(LogitsModel):
             output = output.detach().requires_grad_().repeat(copies)
 
         def at_gradient(gradient):
-            maps = layer_to_map(gradient, self.reshape_transform, self.paths[layer])
-            self.has_gradient[layer] = self.has_gradient[layer] | maps.flatten(1).any(1).cpu()
+            maps = layer_to_map(gradient, self.reshape_transform, path)
+            largest = maps.detach().flatten(1).abs().amax(1)
+            if not largest.isfinite().all():
+                raise ValueError(f"the gradient at target layer {path} is not finite, as that of a root at zero")
+            self.has_gradient[layer] = self.has_gradient[layer] | (largest > 0).cpu()
+            if not ((largest > 0) & (largest < TINY)).any():
+                return None
+            factors = torch.where((largest > 0) & (largest < TINY), 1 / largest.clamp(min=LEAST), 1)
+            return gradient * factors.reshape([-1 if i == axis else 1 for i in range(gradient.ndim)])
 
         output.register_hook(at_gradient)
         return output
 
+    def takes(self, images):
+        self.is_masked = True
+        return super().takes(images)
+
     def forward(self, pixel_values):
-        scores = super().forward(pixel_values)
-        if not torch.is_grad_enabled():
+        self.is_masked = not torch.is_grad_enabled()  # of masked pictures
+        self.images, self.is_running, self.seen = pixel_values, True, set()
+        try:
+            scores = super().forward(pixel_values)
+        finally:
+            self.is_running = False
+        if self.is_masked:
             return scores
         for layer, path in self.paths.items():
             if layer not in self.outputs:
                 raise ValueError(f"target layer {path} is not reached in the forward pass; {ADVICE}")
-        rows = len(pixel_values) * self.copies
-        if len(scores) != rows:
-            raise RuntimeError(f"{len(scores)} rows of scores for {rows} rows of activations")
         if not scores.requires_grad:
             raise ValueError(f"the scores do not depend on target layer {', '.join(self.paths.values())}; {ADVICE}")
         self.scores = scores.detach()
+        if self.targets:
+            check_scores(torch.stack([target(scores[0]) for target in self.targets]))
         return scores
 
     def check_gradients(self):
@@ -375,26 +444,35 @@ class _Fork(LogitsModel):
 
 
 def _forked_maps(cam, fork, image, targets, call_options):
-    """Runs the image once, its activations repeated at the target layer; where that fails, the repeated image."""
+    """Runs the image once, its activations repeated at the target layer; where that fails, the repeated image.
+
+    A single category has two rows, since PyTorch's BatchNorm2d can return a wrong input gradient for one; but one for
+    a model that takes no more.
+    """
     n = len(targets)
-    targets = targets * 2 if n == 1 else targets  # one row: PyTorch's BatchNorm2d can return a wrong input gradient
-    maps = fault = None
-    if not cam.compute_input_gradient:
-        fork.start(copies=len(targets))
-        try:
-            maps = cam(image, targets, **call_options)
-        except Exception as error:
-            if not fork.outputs or fork.scores is not None:  # it failed before the fork, or behind the scores
-                raise
-            fault = error
-    else:  # ShapleyCAM differentiates the gradient once more, down to the parameters
+    rows = max(n, 2)
+    repeated = targets * 2 if n == 1 else targets
+    if cam.compute_input_gradient:  # ShapleyCAM differentiates the gradient once more, down to the parameters
         fork.requires_grad_(True)
-    if maps is None:
-        fork.start(copies=1)
-        maps = cam(image.repeat(len(targets), 1, 1, 1), targets, **call_options)
-        if fault is not None:
-            message = f"the model cannot be forked at its target layer, so the image was repeated ({fault})"
-            warnings.warn(message, stacklevel=3)
+        tries = [(1, rows)]
+    else:
+        tries = [(rows, 1), (1, rows)]
+    tries += [(1, 1)] if n == 1 else []
+    faults = []
+    for copies, images in tries:
+        fork.start(copies)
+        try:
+            maps = cam(image.repeat(images, 1, 1, 1), repeated[: copies * images], **call_options)
+            break
+        except Exception as error:
+            # It failed before the fork or behind the scores, or there is nothing left to try.
+            if fork.scores is not None or not fork.outputs and copies > 1 or (copies, images) == tries[-1]:
+                raise
+            faults.append(error)
+    if faults:
+        how = "the image was repeated" if images > 1 else "it runs in one row"
+        message = f"the model cannot be forked at its target layer, so {how} ({faults[0]})"
+        warnings.warn(message, stacklevel=3)
     if cam.uses_gradients:
         fork.check_gradients()
     return maps[:n]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from xai_helpers.balance import check_rules_reach
 from xai_helpers.layers import TargetLayer, modules_and_transform
-from xai_helpers.reshape import ADVICE, layer_to_map
+from xai_helpers.reshape import ADVICE, check_finite, check_rows, layer_to_map, runs_often
 from xai_helpers.scoring import Example, strongest_inside
-from xai_helpers.wrappers import LogitsModel, check_count, frozen, input_for, layer_path
+from xai_helpers.wrappers import Scorer, check_count, frozen, input_for, layer_path
 
 
 @dataclasses.dataclass
@@ -64,9 +65,10 @@ def factorize(
         Concepts.
 
     Raises:
-        ValueError: a layer that is not in the model, is not reached or has no positions; a reshape transform or a
-            concept head that does not fit; pixel_values of another shape or not finite; no whole number of concepts;
-            a model in half precision.
+        ValueError: a layer that is not in the model, is not reached, runs more than once in a pass, has no positions or
+            other rows than the picture's, or puts out what is not finite; a reshape transform or a concept head that
+            does not fit; pixel_values of another shape or not finite; no whole number of concepts; a model in half
+            precision, exported, or made in inference mode.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -83,13 +85,18 @@ def factorize(
 
     pixel_values = input_for(model, pixel_values)
     check_count("n_concepts", n_concepts)
-    scorer = LogitsModel(model)
+    check_rules_reach(model)
+    scorer = Scorer(model)
     (module,), reshape_transform = modules_and_transform(target_layer, reshape_transform)
     path = layer_path(model, module)
-    activations = []
+    activations: list[torch.Tensor] = []
 
     def watch(layer, inputs, output):
+        if activations:
+            raise ValueError(runs_often(path))
         activations.append(layer_to_map(output, reshape_transform, path))
+        check_rows(activations[0], 1, path)
+        check_finite(activations[0], path)
 
     with frozen(scorer), torch.no_grad():
         with module.register_forward_hook(watch):

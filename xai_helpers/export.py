@@ -19,8 +19,8 @@ from xai_helpers.cam import depths_of, map_over_depths
 from xai_helpers.cuts import tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.pictures import as_linear
-from xai_helpers.reshape import ADVICE, layer_to_map
-from xai_helpers.wrappers import LogitsModel, frozen, index_among, input_for, layer_path
+from xai_helpers.reshape import ADVICE, check_rows, layer_to_map, runs_often
+from xai_helpers.wrappers import Scorer, frozen, index_among, input_for, layer_path
 
 CLOSE = 1e-3  # of the largest value
 AGREEING = 0.999  # of the pixels
@@ -149,7 +149,7 @@ def to_onnx(
     if place and signed:
         raise ValueError("signed=True is for balanced gradients; with a layer, signed_map has both signs")
     second = None if grad_cam_at is None else _place(model, grad_cam_at)
-    scorer = LogitsModel(copy.deepcopy(model).cpu())
+    scorer = Scorer(copy.deepcopy(model).cpu())
     if half:
         for tensor in scorer.parameters():
             if tensor.ndim > 1:
@@ -217,7 +217,7 @@ def _labels(model, n):
 def _one_hot(scorer, pixel_values):
     """Weights for the category with the highest score."""
     with torch.no_grad():
-        scores = scorer(pixel_values.clone())
+        scores = scorer(pixel_values)
     if scores.ndim != 2 or len(scores) != 1:
         raise ValueError(
             f"the scores have shape {tuple(scores.shape)}, wanted (1, n_categories): wrap the model in a module whose "
@@ -248,7 +248,7 @@ def _balanced(scorer, pixel_values, weights, gamma, signed):
     def run(image):
         source = image.detach().requires_grad_()
         with balanced_gradients(gamma), tensors_of_modules(scorer) as (tensors, outputs):
-            scores = scorer(source.clone())
+            scores = scorer(source)
         return source, tensors, outputs, scores
 
     source, tensors, outputs, scores = run(pixel_values)
@@ -274,16 +274,17 @@ def _grad_cam(scorer, path, reshape_transform):
     layer, caught = scorer.model.get_submodule(path), []
 
     def at_layer(module, inputs, output):
-        layer_to_map(output, reshape_transform, path)
+        check_rows(layer_to_map(output, reshape_transform, path), 1, path)
         caught.append(output)
         return output.clone()  # on which a later step may work in place
 
     def explanation(image, weights):
         caught.clear()
         with layer.register_forward_hook(at_layer, prepend=True):
-            scores = scorer(image.detach().requires_grad_().clone())
+            scores = scorer(image.detach().requires_grad_())
         if len(caught) != 1:
-            raise ValueError(f"target layer {path} runs {len(caught)} times in a pass, wanted once; {ADVICE}")
+            unreached = f"target layer {path} is not reached in the forward pass; {ADVICE}"
+            raise ValueError(runs_often(path) if caught else unreached)
         (output,) = caught
         maps = layer_to_map(output, reshape_transform, path)
         (gradient,) = torch.autograd.grad((scores * weights).sum(), output)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xai_helpers.balance import check_rules_reach
 from xai_helpers.cuts import tensor_in
-from xai_helpers.reshape import batch_axis, channels_last_to_map, layer_to_map, tokens_to_map
-from xai_helpers.wrappers import LogitsModel, category_targets, frozen, input_for, layer_path
+from xai_helpers.reshape import batch_axis, channels_last_to_map, layer_to_map, runs_often, tokens_to_map
+from xai_helpers.wrappers import Scorer, category_targets, frozen, input_for, layer_path
 
 if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
@@ -32,7 +33,8 @@ NO_GRADIENT = (
 )
 ZERO_GRADIENT = (
     "the gradient of the scores is zero everywhere, as in an untrained model whose head starts at zero: load trained "
-    "weights, or give the head's weight random values"
+    "weights, or give the head's weight random values; or because the target is saturated, as a probability of 1 is: "
+    "explain a logit"
 )
 
 
@@ -217,7 +219,8 @@ def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> La
     from tqdm.auto import tqdm
 
     pixel_values = input_for(model, pixel_values, coarse=True)
-    scorer = LogitsModel(model)
+    check_rules_reach(model)
+    scorer = Scorer(model)
     paths = {module: path for path, module in model.named_modules() if path}
     disable = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm's bar for notebooks does not read
     with frozen(scorer), tqdm(desc="target layers", total=3, delay=1, leave=False, disable=disable) as bar:
@@ -679,6 +682,7 @@ def layer_table(
     import pandas as pd
 
     pixel_values = input_for(model, pixel_values)
+    check_rules_reach(model)
     targets = category_targets(model, category)
     if len(targets) > 1:
         raise ValueError(f"layer_table looks at one category, not at {len(targets)}: call it once for each")
@@ -693,14 +697,14 @@ def layer_table(
 
     def watch(layer, inputs, output):
         if layer in outputs:
-            raise ValueError(f"layer {paths[layer]} runs more than once in a pass: look at one that runs once")
+            raise ValueError(runs_often(paths[layer]))
         for other, reshape_transform in asked.values():
             if other is layer and (reshape_transform is not None or not isinstance(output, torch.Tensor)):
                 layer_to_map(output, reshape_transform, paths[layer])
         outputs[layer] = output if output.requires_grad else output.detach().requires_grad_()
         return outputs[layer].clone()  # what is kept is safe from a ReLU that works in place
 
-    scorer = LogitsModel(model)
+    scorer = Scorer(model)
     with frozen(scorer):
         with contextlib.ExitStack() as stack:
             for layer in paths:

@@ -1,5 +1,6 @@
 """Any picture -> RGB, and the part of it that a processor shows to the model."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,19 @@ from PIL import Image, ImageOps
 from xai_helpers.scoring import without_device
 
 RAMP_START, RAMP_SPAN = 10, 235  # of the colours by which `seen_box` marks coordinates
+ORIENTATION = 274  # the number of EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SEEN = "the part that a model saw"  # the mark of a picture that `scenes.as_seen` has cut out
+
+Box = tuple[float, float, float, float]
 
 
 def read_picture(source: str | Path | Image.Image) -> Image.Image:
@@ -104,8 +118,9 @@ def to_original(maps: Any, processor: Any, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         maps: (n, height, width), of the part of the photo that the model saw; an array, or a tensor on any device.
-        processor: an image processor of transformers, or a processor that has one.
-        size: width and height of the photo.
+        processor: an image processor of transformers, or a processor that has one; or the box that the model saw: left,
+            top, right and bottom in pixels of the photo, as `seen_box` gives it.
+        size: width and height of the photo, as the processor got it.
 
     Returns:
         A float32 array (n, height, width) at the photo's size, zero where the model did not look.
@@ -117,13 +132,70 @@ def to_original(maps: Any, processor: Any, size: tuple[int, int]) -> np.ndarray:
         array([0.   , 0.   , 0.875, 0.   ], dtype=float32)
     """
     maps = np.asarray(without_device(maps), np.float32)
-    left, top, right, bottom = seen_box(processor, size)
+    left, top, right, bottom = processor if isinstance(processor, (tuple, list)) else seen_box(processor, size)
+    if not (left < right and top < bottom):
+        raise ValueError(f"a box is left, top, right and bottom in pixels of the photo, not {tuple(processor)}")
     x, y = (np.arange(length) + 0.5 for length in size)
     rows, columns = ((y - top) / (bottom - top), (x - left) / (right - left))
     inside = ((rows >= 0) & (rows <= 1))[:, None] & ((columns >= 0) & (columns <= 1))
     at_rows, at_columns = np.meshgrid(rows * maps.shape[1] - 0.5, columns * maps.shape[2] - 0.5, indexing="ij")
     grid = at_columns.astype(np.float32), at_rows.astype(np.float32)
     return np.stack([cv2.remap(one, *grid, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) * inside for one in maps])
+
+
+def on_photo(
+    image: str | Path | Image.Image, maps: list[np.ndarray], seen: Any = None
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """A photo upright, and maps of it where they belong: what figures are drawn from.
+
+    A processor of transformers takes a PIL image as it lies in memory and does not read its EXIF data, so the maps of
+    one that is to be turned are turned with it.
+
+    Args:
+        image: a picture, as for `read_picture`.
+        maps: each (height, width), of what the model saw.
+        seen: the processor that made the model's input from this picture, or the box that the model saw, as in
+            `to_original`. None: all of the picture.
+
+    Returns:
+        A PIL image of mode RGB, and the maps, of its size if `seen` is given.
+
+    Warns:
+        UserWarning: without `seen`, a map has other proportions than the picture, which was not cut out by
+            `scenes.as_seen`.
+    """
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if isinstance(image, Image.Image) else None
+    picture = read_picture(image)
+    if seen is not None:
+        size = (picture.height, picture.width) if turn in _TURNS_SIDES else picture.size
+        maps = [to_original(np.asarray(one, np.float32)[None], seen, size)[0] for one in maps]
+    if turn is not None:
+        maps = [np.asarray(Image.fromarray(np.asarray(one, np.float32)).transpose(turn)) for one in maps]
+    others = [one.shape for one in maps if one.ndim == 2 and not _in_proportion(one.shape, picture)]
+    if others and not picture.info.get(SEEN):
+        rows, columns = others[0]
+        warnings.warn(
+            f"the map is {columns} x {rows} and the picture {picture.width} x {picture.height}: unless the model saw "
+            "all of the picture, squashed, the map is drawn in the wrong place. Give seen=processor, or the box that "
+            "the model saw, or draw on the part that scenes.as_seen cuts out",
+            stacklevel=4,
+        )
+    return picture, maps
+
+
+_TURNS_SIDES = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+
+
+def _in_proportion(shape, picture):
+    """Up to a row or column, or a fiftieth."""
+    rows, columns = shape
+    wanted = rows * picture.width / picture.height
+    return abs(columns - wanted) < max(1, 0.02 * wanted) or abs(rows - columns * picture.height / picture.width) < 1
 
 
 def as_linear(processor: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from pandas.io.formats.style import Styler
 from PIL import Image
 
-from xai_helpers.pictures import read_picture
+from xai_helpers.pictures import ORIENTATION, on_photo
 from xai_helpers.scoring import energy_inside, hits, resize_masks, without_device
 
 if TYPE_CHECKING:
@@ -47,25 +47,37 @@ CONCEPT_COLOURS = np.array(
 )
 
 
-def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.ndarray:
+def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0, seen: Any = None) -> np.ndarray:
     """Lay a map over a dimmed grey version of the image: the higher the value, the brighter and the less transparent.
 
     Args:
-        image: a picture, any mode.
-        heat: (height, width) in [0, 1], of any resolution; it is stretched to the picture. A signed map, in [-1, 1], is
-            drawn in two scales: what speaks against the category has the cold one.
+        image: a picture, any mode; the whole photo if `seen` is given, else the part of it that the model saw. What an
+            EXIF rotation does to a PIL image is done to the map, too, since processors do not read EXIF data.
+        heat: (height, width) in [0, 1], of any resolution; without `seen` it is stretched to the picture. A signed map,
+            in [-1, 1], is drawn in two scales: what speaks against the category has the cold one.
         full_at: the quantile of the map that has the full colour, and all above it. Maps of single pixels look empty
             up to their maximum, so give 0.99 for them.
+        seen: the processor that made the model's input from this photo, or the box that the model saw (left, top,
+            right, bottom in pixels of the photo as it was given to the processor): the map is drawn within it.
 
     Returns:
         uint8 (height, width, 3) at the picture's resolution.
 
     Raises:
-        ValueError: `heat` is not a single map in [-1, 1], or `full_at` is no quantile.
+        ValueError: `heat` is not a single map in [-1, 1], or `full_at` is no quantile; no box.
+
+    Warns:
+        UserWarning: without `seen`, the map has other proportions than the picture, which `scenes.as_seen` did not cut
+            out.
     """
+    picture, (heat,) = on_photo(image, [np.asarray(without_device(heat))], seen)
+    return _laid_over(picture, heat, full_at)
+
+
+def _laid_over(image, heat, full_at):
     if not 0 < full_at <= 1:
         raise ValueError(f"full_at is a quantile, above 0 and at most 1, not {full_at}.")
-    heat = np.asarray(without_device(heat), np.float32)
+    heat = np.asarray(heat, np.float32)
     if heat.ndim != 2 or not (np.isfinite(heat).all() and abs(heat).max() <= 1):
         raise ValueError(
             "A map is wanted as (height, width) in [0, 1], or signed in [-1, 1], "
@@ -74,7 +86,6 @@ def overlay(image: Image.Image, heat: np.ndarray, full_at: float = 1.0) -> np.nd
     if full_at < 1:
         full = np.quantile(abs(heat), full_at) or 1  # of a map of hardly anything it is 0
         heat = np.clip(heat / full, -1, 1)
-    image = read_picture(image)
     heat = np.clip(cv2.resize(heat, image.size, interpolation=cv2.INTER_LINEAR), -1, 1)
     index = (abs(heat) * 255).round().astype(int)
     colours = np.where((heat < 0)[..., None], HEAT_AGAINST[index], HEAT[index])
@@ -90,11 +101,12 @@ def show_maps(
     titles: str | Sequence[str],
     answers: np.ndarray | Sequence[np.ndarray] | None = None,
     full_at: float = 1.0,
+    seen: Any = None,
 ) -> Figure:
     """Show the image and each map over it, all on one scale. With answers, their outlines and the scores are drawn too.
 
     Args:
-        image: the picture that the model saw (see `scenes.as_seen`), at any resolution.
+        image: the picture that the model saw (see `scenes.as_seen`), at any resolution; with `seen` the whole photo.
         maps: (n, height, width) in [0, 1], or signed in [-1, 1], or n maps that have sizes of their own, such as those
             of several models; arrays, or tensors on any device.
         titles: one a map.
@@ -102,6 +114,7 @@ def show_maps(
             ("hit" or "miss", see `scoring.hits`) and which share of the map does ("inside"); of a signed map these are
             the scores of what speaks for the category.
         full_at: as in `overlay`. The cross and the scores are those of the whole map.
+        seen: as in `overlay`; answers are of the part that the model saw, as maps are.
 
     Returns:
         The matplotlib figure. A cross marks each map's maximum. Where several pixels reach it, it is the one nearest
@@ -109,6 +122,9 @@ def show_maps(
 
     Raises:
         ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
+
+    Warns:
+        UserWarning: as in `overlay`.
 
     Example:
         >>> heat = np.eye(4)[None, :1].repeat(4, axis=1)  # the left column of four
@@ -126,7 +142,7 @@ def show_maps(
             f"{len(maps)} maps need as many titles and answers, "
             f"not {len(titles)} and {'none' if answers is None else len(answers)}."
         )
-    image = read_picture(image)
+    image, maps, answers = _placed(image, maps, answers, seen)
     panels = len(maps) + 1
     columns = 3 if panels in (5, 6, 9) else min(panels, 4)  # few empty places
     rows = -(-panels // columns)
@@ -137,7 +153,7 @@ def show_maps(
     for ax in axes.flat:
         ax.axis("off")
     axes.flat[0].imshow(image)
-    axes.flat[0].set_title("what the model saw")
+    axes.flat[0].set_title("what the model saw" if seen is None else "the photo")
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
         words = _map_panel(ax, image, heat, None if answers is None else answers[i], full_at)
         ax.set_title(f"{title}\n{words}" if words else title)
@@ -151,6 +167,7 @@ def compare_maps(
     rows: str | Sequence[str],
     answers: np.ndarray | Sequence[np.ndarray] | None = None,
     full_at: float = 1.0,
+    seen: Any = None,
 ) -> Figure:
     """A matrix of maps: a row for each question, a column for each method, one scale for all.
 
@@ -160,6 +177,7 @@ def compare_maps(
         rows: what is asked in each row, such as the category.
         answers: bool masks, one a row: drawn as outlines, with the scores of each map in its cell.
         full_at: as in `overlay`.
+        seen: as in `show_maps`, for all rows.
 
     Returns:
         The matplotlib figure, with the pictures in its first column.
@@ -181,7 +199,11 @@ def compare_maps(
     counts = {len(images), *map(len, columns.values()), *([] if answers is None else [len(answers)])}
     if not columns or counts != {len(rows)}:
         raise ValueError(f"{len(rows)} rows need as many images, maps of each method, and answers; and a method.")
-    images = [read_picture(image) for image in images]
+    placed = []
+    for i, image in enumerate(images):
+        answer = None if answers is None else answers[i : i + 1]
+        placed.append(_placed(image, [found[i] for found in columns.values()], answer, seen))
+    images = [image for image, _, _ in placed]
     width = max(1.2, min(2.4, 10 / (len(columns) + 1)))
     heights = [width * image.height / image.width for image in images]
     figure, axes = plt.subplots(
@@ -197,9 +219,9 @@ def compare_maps(
     for i, (image, row) in enumerate(zip(images, rows, strict=True)):
         axes[i, 0].imshow(image)
         axes[i, 0].set_ylabel(row)
-        for ax, found in zip(axes[i, 1:], columns.values(), strict=True):
-            answer = None if answers is None else answers[i]
-            ax.set_xlabel(_map_panel(ax, image, found[i], answer, full_at))
+        _, found, answer = placed[i]
+        for ax, heat in zip(axes[i, 1:], found, strict=True):
+            ax.set_xlabel(_map_panel(ax, image, heat, answer and answer[0], full_at))
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -207,9 +229,19 @@ def compare_maps(
     return figure
 
 
+def _placed(image, maps, answers, seen):
+    """A picture, and its maps and answers where they belong on it."""
+    masks = [] if answers is None else [np.asarray(answer, np.float32) for answer in answers]
+    n, turned = len(maps), isinstance(image, Image.Image) and image.getexif().get(ORIENTATION, 1) != 1
+    picture, found = on_photo(image, [*maps, *(masks if seen is not None or turned else [])], seen)
+    if len(found) > n:
+        answers = [mask >= 0.5 for mask in found[n:]]
+    return picture, found[:n], answers
+
+
 def _map_panel(ax, image, heat, answer, full_at):
     """Draws a map with its cross, and with an answer its outline; returns the scores in words, "" without an answer."""
-    ax.imshow(overlay(image, heat, full_at))
+    ax.imshow(_laid_over(image, heat, full_at))
     heat = heat.clip(min=0)
     at_maximum, words = heat == heat.max(), ""
     scale = np.array([image.height, image.width]) / heat.shape
@@ -239,6 +271,7 @@ def map_picture(
     width: int,
     answer: np.ndarray | None = None,
     full_at: float = 1.0,
+    seen: Any = None,
 ) -> tuple[Image.Image, str]:
     """A single map as `show_maps` draws it, without a title around it.
 
@@ -247,7 +280,7 @@ def map_picture(
         heat: (height, width), as in `overlay`.
         width: of what is drawn, in pixels.
         answer: bool mask, drawn as an outline.
-        full_at: as in `overlay`.
+        full_at, seen: as in `show_maps`.
 
     Returns:
         What is drawn, `width` pixels wide and of the picture's proportions; and with an answer the scores in words,
@@ -256,15 +289,14 @@ def map_picture(
     Raises:
         ValueError: as in `overlay`.
     """
-    heat = np.asarray(without_device(heat))
-    answer = None if answer is None else np.asarray(without_device(answer))
-    image = read_picture(image)
+    answers = None if answer is None else [np.asarray(without_device(answer))]
+    image, (heat,), answers = _placed(image, [np.asarray(without_device(heat))], answers, seen)
     image = image.resize((width, max(1, round(width * image.height / image.width))), Image.Resampling.LANCZOS)
-    figure = Figure(figsize=(image.width / 80, image.height / 80), dpi=80, layout="none")
+    figure = Figure(figsize=(image.width / 80, image.height / 80), dpi=80, layout="none")  # type: ignore[arg-type]
     canvas = FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.axis("off")
-    words = _map_panel(ax, image, heat, answer, full_at)
+    words = _map_panel(ax, image, heat, answers and answers[0], full_at)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]), words
 
@@ -316,15 +348,16 @@ def show_scores(table: pd.DataFrame) -> Styler:
     return styled.highlight_min(subset=[column for column in table if column in LOW], **bold)
 
 
-def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str]) -> Figure:
+def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str], seen: Any = None) -> Figure:
     """Show each concept of `factorize` over the image in a colour of its own, and all of them together with a legend.
 
     A pixel of the joint picture has the colour of the concept that is strongest there, the stronger the more opaque.
 
     Args:
-        image: the picture that the model saw, at any resolution.
+        image: the picture that the model saw, at any resolution; or the whole photo, with `seen`.
         concepts: what `factorize` returned: its `maps` are (n_concepts, height, width) in [0, 1].
         labels: one a concept.
+        seen: as in `overlay`.
 
     Returns:
         The matplotlib figure.
@@ -337,9 +370,9 @@ def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str
         raise ValueError(
             f"{n} concepts need as many labels, not {len(labels)}; at most {len(CONCEPT_COLOURS)} can be told apart."
         )
-    image = read_picture(image)
+    image, found = on_photo(image, list(concepts.maps), seen)
     grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255
-    maps = np.stack([cv2.resize(m, image.size, interpolation=cv2.INTER_LINEAR) for m in concepts.maps])
+    maps = np.stack([cv2.resize(m, image.size, interpolation=cv2.INTER_LINEAR) for m in found])
     strongest = maps.argmax(axis=0)
     joint = _tint(grey, maps.max(axis=0), CONCEPT_COLOURS[strongest])
     pictures = [np.asarray(image), joint] + [_tint(grey, m, CONCEPT_COLOURS[i]) for i, m in enumerate(maps)]
@@ -349,7 +382,7 @@ def show_concepts(image: Image.Image, concepts: "Concepts", labels: Sequence[str
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.9 * columns, (height + 0.5) * rows), layout="constrained", squeeze=False
     )
-    titles = ["what the model saw", "strongest concept"] + [
+    titles = ["what the model saw" if seen is None else "the photo", "strongest concept"] + [
         f"concept {i + 1}: {label}" for i, label in enumerate(labels)
     ]
     for ax in axes.flat:

@@ -108,6 +108,31 @@ def layer_to_map(
     return maps
 
 
+def check_rows(maps: torch.Tensor, n: int, path: str) -> None:
+    """Raises a ValueError unless a target layer's maps are a row for each of n pictures."""
+    if len(maps) != n:
+        raise ValueError(
+            f"target layer {path} puts out {len(maps)} rows for {n} picture{'s' if n > 1 else ''}: they are not "
+            "pictures, but parts or copies of one, such as windows, tiles or flips, each with places of its own. Take "
+            f"a layer where they are together, or explain without a layer; {ADVICE}"
+        )
+
+
+def check_finite(maps: torch.Tensor, path: str) -> None:
+    """Raises a ValueError unless a target layer's maps are finite."""
+    if not maps.isfinite().all():
+        raise ValueError(f"target layer {path} puts out NaN or infinite values: look for broken weights or an overflow")
+
+
+def runs_often(path: str) -> str:
+    """What is said of a target layer that has no output of its own."""
+    return (
+        f"target layer {path} runs more than once in a pass, as one that several places share does, so that it has "
+        f"no output of its own: take one that runs once, such as the module around it, or explain without a layer; "
+        f"{ADVICE}"
+    )
+
+
 def batch_axis(output: torch.Tensor, reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None) -> int:
     """The axis of a layer's output along which the pictures lie: 0, or 1 for tokens (tokens, batch, channels).
 

@@ -2,12 +2,15 @@
 
 import contextlib
 import difflib
+import inspect
 import itertools
 import numbers
 import os
+import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # imported late below: only tables need it
     from xai_helpers.scoring import Example
 
 BAR_AFTER = 1  # seconds
+MOST_COLOURS = 4  # of a picture whose channels may come last by mistake
 
 Category = str | int | Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,12 +34,15 @@ Category = str | int | Callable[[torch.Tensor], torch.Tensor]
 class LogitsModel(torch.nn.Module):
     """Returns the scores of a model as a plain tensor.
 
-    transformers' models return an object with a field `logits`; grad-cam and Captum want the tensor in it.
-    A model that returns a tensor already is passed through.
+    transformers' models return an object with a field `logits`, CLIP one with `logits_per_image`; grad-cam and Captum
+    want the tensor in it. A model that returns a tensor already is passed through. The model gets a copy of the images,
+    on which it may work in place.
 
     Args:
-        model: a transformers classification model, or any module that maps images to a tensor.
-        options: keyword arguments of each forward pass, such as `interpolate_pos_encoding=True`.
+        model: a transformers classification model, or any module that maps images to a tensor. Where images are not
+            the first thing that it takes, it is given them by the name `pixel_values`.
+        options: keyword arguments of each forward pass, such as `interpolate_pos_encoding=True`, or a second input.
+            A tensor of one row is repeated for as many rows as there are images, but not the prompts of a CLIP.
     """
 
     def __init__(self, model: torch.nn.Module, **options: Any):
@@ -43,22 +50,114 @@ class LogitsModel(torch.nn.Module):
         self.model = model
         self.options = options
         self.config = getattr(model, "config", None)
+        self.by_name = _takes_pixel_values_later(model)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Maps images (batch, channels, height, width) to scores, (batch, n_classes) for a classifier.
 
+        Of a model with a single score, they are (batch, 1), however it squeezes them.
+
         Raises:
             ValueError: the model returns neither a tensor nor an object with `logits`.
         """
-        output = self.model(pixel_values, **self.options)
-        scores = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        images, options = pixel_values.clone(), self.options
+        if len(images) > 1 and not hasattr(self.model, "get_text_features"):
+            options = {name: _in_rows(value, len(images)) for name, value in options.items()}
+        output = self.model(pixel_values=images, **options) if self.by_name else self.model(images, **options)
+        scores = output
+        for field in ("logits", "logits_per_image"):
+            if not isinstance(scores, torch.Tensor):
+                scores = getattr(output, field, None)
         if not isinstance(scores, torch.Tensor):
             raise ValueError(
                 f"{type(self.model).__name__} returned {type(output).__name__}, neither a tensor nor an object with "
                 "`logits`: load a model with a head (such as ...ForImageClassification), or wrap it in a module whose "
                 "forward returns the scores"
             )
-        return scores
+        return scores.reshape(-1, 1) if scores.ndim < 2 else scores
+
+
+def _takes_pixel_values_later(model):
+    try:
+        names = list(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):  # of code that Python does not see
+        return False
+    return "pixel_values" in names[1:]
+
+
+def _in_rows(value, rows):
+    """A second input of one row, as often as there are images."""
+    is_one_row = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == 1
+    return value.expand(rows, *value.shape[1:]) if is_one_row else value
+
+
+class Scorer(LogitsModel):
+    """A `LogitsModel` as explanations use it: one row of float scores for each image, or an error that says why not.
+
+    Attributes:
+        mixes: the path of a batch norm that takes the statistics of the rows that it gets, even in eval mode; None
+            without one. Its rows have to be alike, or run one by one.
+    """
+
+    def __init__(self, model: torch.nn.Module, **options: Any):
+        super().__init__(model, **options)
+        norms = [
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+        ]
+        self.mixes = norms[0] if norms else None
+
+    def rows(self, pixel_values: torch.Tensor) -> int:
+        """How many rows of scores are due."""
+        return len(pixel_values)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Maps images (batch, channels, height, width) to float scores, (batch, n_classes) for a classifier.
+
+        Raises:
+            ValueError: the model returns no scores, or not a row an image; or it takes one image only.
+        """
+        if self.mixes is not None and not (pixel_values == pixel_values[:1]).all():
+            raise ValueError(self.mixed())
+        try:
+            scores = super().forward(pixel_values)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(pixel_values) > 1 and self.takes(pixel_values[:1]) and not self.takes(pixel_values):
+                raise ValueError(
+                    f"{type(self.model).__name__} takes one image, but fails for {len(pixel_values)} of them, which an "
+                    f"explanation runs at once ({type(error).__name__}: {error}): your model must take any number of "
+                    "rows. Give a second input as LogitsModel(model, name=tensor), which repeats one row, or let the "
+                    "model expand it to len(pixel_values); occlude and rise take batch=1, too"
+                ) from error
+            raise
+        if len(scores) != self.rows(pixel_values):
+            found = tuple(scores.shape) if scores.shape[1:] != (1,) else (len(scores),)  # as the model gave them
+            raise ValueError(
+                f"the scores have shape {found} for {self.rows(pixel_values)} rows of images, wanted (images, "
+                "categories): let the model keep the images' dimension"
+            )
+        return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+    def mixed(self) -> str:
+        """What is said where rows that are not alike would run together."""
+        return (
+            f"the batch norm at {self.mixes} takes the statistics of the images that run together (it was made with "
+            "track_running_stats=False), so that the scores of one depend on the others: run them one by one, by "
+            "batch=1 in occlude and rise, batch_size=1 in ScoreCAM and AblationCAM or internal_batch_size=1 in "
+            "Captum's IntegratedGradients; or use explain without a layer, which runs one row"
+        )
+
+    def takes(self, images: torch.Tensor) -> bool:
+        """Whether the model runs on some images."""
+        try:
+            with torch.no_grad():
+                super().forward(images)
+        except Exception:
+            return False
+        return True
 
 
 SCORES = {
@@ -76,12 +175,13 @@ class PromptClassifier(torch.nn.Module):
     ICML 2021)
 
     Args:
-        clip: a `CLIPModel` of transformers. It is left as it is.
-        processor: its processor, whose tokenizer reads the prompts.
+        clip: a `CLIPModel` of transformers, or a `SiglipModel`. It is left as it is.
+        processor: its processor, whose tokenizer reads the prompts. They are padded to the model's context, as in its
+            training, so that no prompt depends on how long another one is.
         prompts: a text or several, which are the names of the categories; or a dict, name -> text.
-        scores: "similarity": the cosine of image and text, times the model's own temperature. It knows nothing of the
-            other prompts. "contrast": the similarity minus the mean over all prompts. "softmax": the shares that add
-            up to 1. The last two depend on all the prompts.
+        scores: "similarity": the cosine of image and text, times the model's own temperature, and for a SigLIP plus its
+            bias. It knows nothing of the other prompts. "contrast": the similarity minus the mean over all prompts.
+            "softmax": the shares that add up to 1. The last two depend on all the prompts.
 
     Attributes:
         prompts: name -> text.
@@ -89,7 +189,8 @@ class PromptClassifier(torch.nn.Module):
         config: its `id2label` has the names, so `explain` and `relevance` take them as categories.
 
     Raises:
-        ValueError: no prompt, one that is no string, one that is longer than the context, or unknown `scores`.
+        ValueError: no prompt, one that is no string, one that is longer than the context, or unknown `scores`; a
+            processor without a tokenizer of transformers, or one that lacks most of the model's vocabulary.
 
     Warns:
         UserWarning: the tokenizer does not know a word of a prompt and reads it as its unknown token.
@@ -113,10 +214,10 @@ class PromptClassifier(torch.nn.Module):
         self.prompts = dict(prompts) if isinstance(prompts, Mapping) else {prompt: prompt for prompt in prompts}
         tokens = _tokens(clip, processor, list(self.prompts.values()))
         with frozen(clip), torch.no_grad():
-            embeds = clip.get_text_features(**tokens).pooler_output
+            embeds = torch.nn.functional.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
         self.clip = clip
         self.scores = scores
-        self.register_buffer("text_embeds", torch.nn.functional.normalize(embeds, dim=-1), persistent=False)
+        self.register_buffer("text_embeds", embeds, persistent=False)
         self.config = types.SimpleNamespace(id2label=dict(enumerate(self.prompts)))
 
     @property
@@ -139,7 +240,7 @@ class PromptClassifier(torch.nn.Module):
         other_size = tuple(pixel_values.shape[2:]) != (size, size)
         embeds = self.clip.get_image_features(pixel_values, interpolate_pos_encoding=other_size).pooler_output
         cosines = torch.nn.functional.normalize(embeds, dim=-1) @ self.text_embeds.T
-        return SCORES[self.scores](cosines * self.clip.logit_scale.exp())
+        return SCORES[self.scores](cosines * self.clip.logit_scale.exp() + getattr(self.clip, "logit_bias", 0))
 
 
 def _tokens(clip, processor, texts):
@@ -149,6 +250,17 @@ def _tokens(clip, processor, texts):
         found = f"not {type(wrong[0]).__name__}" if wrong else "at least one"
         raise ValueError(f"prompts are texts such as 'a photo of a cat.', {found}")
     tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "unk_token_id"):
+        raise ValueError(
+            f"{type(processor).__name__} is no processor of transformers, whose tokenizer reads prompts: load one with "
+            "AutoProcessor.from_pretrained, beside the model of transformers that it belongs to"
+        )
+    known = clip.config.text_config.vocab_size
+    if len(tokenizer) < known // 2:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {known}: it would read every word as unknown. "
+            "Its vocabulary is not beside it: load it from a folder with tokenizer.json, or vocab.json and merges.txt"
+        )
     unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     context = clip.config.text_config.max_position_embeddings
     for text in texts:
@@ -166,7 +278,7 @@ def _tokens(clip, processor, texts):
                 f"{tokenizer.unk_token}",
                 stacklevel=3,
             )
-    return tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
+    return tokenizer(texts, padding="max_length", max_length=context, return_tensors="pt").to(clip.device)
 
 
 class CategoryTarget:
@@ -176,10 +288,18 @@ class CategoryTarget:
         self.category = category
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        if not 0 <= self.category < scores.shape[-1]:
-            last = scores.shape[-1] - 1
-            raise ValueError(f"category {self.category} is out of range: the model's scores are 0 to {last}")
-        return scores[..., self.category]
+        if scores.ndim != 1:
+            raise ValueError(
+                f"the scores of one image have shape {tuple(scores.shape)}, not (categories,), so that a name or an "
+                "index does not say which score is meant: give a callable that makes one number of them, such as the "
+                "mean over a region or the score of one box, as the book's pages on segmentation and detection do"
+            )
+        if not 0 <= self.category < len(scores):
+            one = "" if len(scores) > 1 else "; what speaks against a single score is shown by lambda scores: -scores"
+            raise ValueError(
+                f"category {self.category} is out of range: the model's scores are 0 to {len(scores) - 1}{one}"
+            )
+        return scores[self.category]
 
 
 class CallableTarget:
@@ -325,7 +445,8 @@ def top_categories(model: torch.nn.Module, pixel_values: torch.Tensor, k: int = 
         A pandas DataFrame, best first: a row a category, with its "score" (a logit, if the model gives logits).
 
     Raises:
-        ValueError: a model without `config.id2label`; pixel_values of another shape; a bad k.
+        ValueError: a model without `config.id2label`, or with scores that are not a row an image, as a segmenter's;
+            pixel_values of another shape; a bad k.
 
     Example:
         >>> from xai_helpers.checkpoints import example_scene, load
@@ -339,11 +460,54 @@ def top_categories(model: torch.nn.Module, pixel_values: torch.Tensor, k: int = 
     pixel_values = input_for(model, pixel_values, coarse=True)
     names = _names(model, "its categories have no names: sort its scores yourself")
     check_count("k", k)
-    scorer = LogitsModel(model)
+    scorer = Scorer(model)
     with frozen(scorer), torch.no_grad():
-        scores = scorer(pixel_values)[0].float()
+        scores = scorer(pixel_values)[0]
+        if scores.ndim != 1:
+            raise ValueError(
+                f"the scores of one image have shape {tuple(scores.shape)}, not (categories,): there is no order of "
+                "categories for the whole image; sort the scores of a region or a box yourself"
+            )
         scores, indices = scores.topk(min(k, len(scores)))
     return pd.DataFrame({"score": scores.numpy(force=True)}, index=[names[int(i)] for i in indices])
+
+
+def check_scores(scores: torch.Tensor) -> None:
+    """Raises a ValueError unless the scores of some categories, (n_categories,) or (rows, n_categories), are finite."""
+    wrong = ~scores.detach().reshape(-1, scores.shape[-1]).isfinite()
+    if wrong.any():
+        number = int(wrong.any(dim=0).int().argmax())
+        value = scores.detach().reshape(-1, scores.shape[-1])[wrong[:, number].int().argmax(), number].item()
+        raise ValueError(
+            f"the score of category number {number + 1} is {value}, of which there is no map: look for a division by "
+            "zero, a logarithm of zero or an overflow in the model or in the category's function, or for broken weights"
+        )
+
+
+def finished_maps(maps: np.ndarray, why_zero: str) -> np.ndarray:
+    """Maps as they are handed out: float32 and finite; of one that is zero everywhere a warning says why.
+
+    Args:
+        maps: (n_categories, height, width).
+        why_zero: what a map of zeros means, and what to do.
+
+    Raises:
+        ValueError: a map has NaN or infinite values.
+
+    Warns:
+        UserWarning: a map is zero everywhere.
+    """
+    maps = np.asarray(maps, np.float32)
+    for number, heat in enumerate(maps, start=1):
+        if not np.isfinite(heat).all():
+            raise ValueError(
+                f"the map of category number {number} has NaN or infinite values, though its score is finite: the "
+                "gradient is not, as that of a root at zero; look for one in the model, or use a method that needs "
+                "none, such as occlude or rise"
+            )
+        if not heat.any():
+            warnings.warn(f"the map of category number {number} is zero everywhere: {why_zero}", stacklevel=3)
+    return maps
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
@@ -368,7 +532,7 @@ def input_for(model: torch.nn.Module, pixel_values: torch.Tensor, coarse: bool =
 
     Args:
         model: any module.
-        pixel_values: one image, float tensor (1, 3, height, width).
+        pixel_values: one image, float tensor (1, channels, height, width).
         coarse: whether a model in half precision will do.
 
     Raises:
@@ -387,7 +551,7 @@ def input_for(model: torch.nn.Module, pixel_values: torch.Tensor, coarse: bool =
 def check_picture(pixel_values: torch.Tensor) -> None:
     """Raises a ValueError that says what to do, unless pixel_values is one image of finite values.
 
-    It is a float tensor (1, 3, height, width), or (1, 1, height, width).
+    It is a float tensor (1, channels, height, width), with any number of channels.
     """
     if not isinstance(pixel_values, torch.Tensor):
         advice = 'give the tensor that the processor makes: processor(image, return_tensors="pt")["pixel_values"]'
@@ -395,11 +559,17 @@ def check_picture(pixel_values: torch.Tensor) -> None:
     shape = tuple(pixel_values.shape)
     if pixel_values.ndim == 3:
         advice = "add the batch dimension: pixel_values.unsqueeze(0)"
+    elif pixel_values.ndim == 5:
+        advice = (
+            "of a video or a volume, explain one frame with the others held as they are; or fold the frames into the "
+            "channels, pixel_values.flatten(1, 2), and explain a module whose forward unflattens them: occlude then "
+            "hides a window in all frames at once"
+        )
     elif pixel_values.ndim == 4 and shape[0] != 1:
         advice = "explain one image at a time: pixel_values[i : i + 1]"
-    elif pixel_values.ndim == 4 and shape[1] not in (1, 3) and shape[3] in (1, 3):
+    elif pixel_values.ndim == 4 and shape[3] <= MOST_COLOURS < shape[1]:
         advice = "put the channels first: pixel_values.permute(0, 3, 1, 2)"
-    elif pixel_values.ndim != 4 or shape[1] not in (1, 3):
+    elif pixel_values.ndim != 4 or 0 in shape:
         advice = "let the model's processor make it from the image"
     elif not pixel_values.is_floating_point():
         advice = f"it is {pixel_values.dtype}; let the model's processor scale and normalise the image"
@@ -410,7 +580,7 @@ def check_picture(pixel_values: torch.Tensor) -> None:
         )
     else:
         return
-    raise ValueError(f"pixel_values has shape {shape}, wanted a float tensor (1, 3, height, width): {advice}")
+    raise ValueError(f"pixel_values has shape {shape}, wanted a float tensor (1, channels, height, width): {advice}")
 
 
 def layer_path(model: torch.nn.Module, layer: torch.nn.Module) -> str:
@@ -428,27 +598,104 @@ def layer_path(model: torch.nn.Module, layer: torch.nn.Module) -> str:
 def frozen(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, parameters that need no gradient, autograd on; at the end all of it, and `.grad`, is as before.
 
-    Autocast is off, since numpy knows no bfloat16, and a model of torch.compile runs as it was written, since compiled
-    code runs past hooks.
+    Autocast is off, since numpy knows no bfloat16; layers run without gradient checkpointing, which would run them
+    once more, past all rules; and a model of torch.compile runs as it was written, since compiled code runs past hooks.
+    Threads that explain one model take turns.
+
+    Raises:
+        ValueError: the model was made in `torch.inference_mode()`, or exported.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modules = list(model.modules())
+    for path, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"{path} was made in torch.inference_mode(), so that no gradient goes through it: load the model "
+                "outside, or explain copy.deepcopy(model), made outside"
+            )
+    with _lock_of(model):
+        modes = [(module, module.training) for module in modules]
+        checkpointing = [
+            (module, name, vars(module)[name])
+            for module in modules
+            for name in ("grad_checkpointing", "gradient_checkpointing")  # timm's name, and transformers'
+            if isinstance(vars(module).get(name), bool)
+        ]
+        parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+        try:
+            try:
+                model.eval().requires_grad_(False)
+            except NotImplementedError as error:
+                raise ValueError(
+                    f"{type(model).__name__} was exported, so that it has no layers to look into and no eval mode: "
+                    "explain the model that it was made of"
+                ) from error
+            for module, name, _ in checkpointing:
+                setattr(module, name, False)
+            kind = device_of(model).type
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.enable_grad())
+                if torch.amp.is_autocast_available(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                stack.enter_context(_not_compiled())
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, name, value in checkpointing:
+                setattr(module, name, value)
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+
+
+RUNS_AGAIN = (
+    "a layer runs once more in the backward pass, by torch.utils.checkpoint, past what an explanation does to it: "
+    "switch gradient checkpointing off, which saves memory in training alone"
+)
+
+
+@contextlib.contextmanager
+def no_checkpointing() -> Iterator[None]:
+    """Within, what torch says of gradient checkpointing becomes a ValueError that says what to do."""
     try:
-        model.eval().requires_grad_(False)
-        kind = device_of(model).type
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield
+        yield
+    except RuntimeError as error:
+        if "checkpoint" in f"{type(error).__name__} {error}".lower():
+            raise ValueError(RUNS_AGAIN) from error
+        raise
+
+
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _lock_of(model):
+    """One for all wrappers around the same model: that of the first module with parameters."""
+    owner = next((module for module in model.modules() if any(True for _ in module.parameters(recurse=False))), model)
+    with _making:
+        return _locks.setdefault(owner, threading.RLock())
+
+
+_stance = contextlib.ExitStack()
+_within_stance = 0
+
+
+@contextlib.contextmanager
+def _not_compiled():
+    """Code of torch.compile runs as it was written, which is switched for all threads: from the first to the last."""
+    global _within_stance
+    with _making:
+        if _within_stance == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _within_stance += 1
+    try:
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        with _making:
+            _within_stance -= 1
+            if _within_stance == 0:
+                _stance.close()
 
 
 @contextlib.contextmanager

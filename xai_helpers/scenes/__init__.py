@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from xai_helpers.pictures import seen_box
+from xai_helpers.pictures import SEEN, seen_box
 from xai_helpers.scenes import cutouts
 from xai_helpers.scenes.backgrounds import backdrop
 from xai_helpers.scenes.photos import mask, photo
@@ -174,7 +174,9 @@ def as_seen(scene: Scene, processor: Any) -> Scene:
         return np.array(masks, bool).reshape(-1, bottom - top, right - left)
 
     distractors = None if scene.distractors is None else cropped(scene.distractors)
-    return Scene(scene.image.crop((left, top, right, bottom)), scene.categories, cropped(scene.masks), distractors)
+    image = scene.image.crop((left, top, right, bottom))
+    image.info[SEEN] = True  # even if the model saw it squashed
+    return Scene(image, scene.categories, cropped(scene.masks), distractors)
 
 
 @dataclass
