@@ -46,6 +46,7 @@ BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 MAC_CHROME = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 OPTIONS = """--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run
 --disable-background-networking --disable-component-update --disable-sync"""
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # no other host is found
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def address():
 def browser():
     found = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), MAC_CHROME)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=OPTIONS.split())
+        browser = playwright.chromium.launch(executable_path=found, args=[*OPTIONS.split(), ALONE])
         yield browser
         browser.close()
 
@@ -79,12 +80,9 @@ def page(browser, address):
     page.set_default_timeout(20_000)
     page.faults, page.other_hosts = [], set()
 
-    def keep_local(route):
-        if route.request.url.startswith((address, "data:", "blob:")):
-            route.continue_()
-        else:
-            page.other_hosts.add(urlsplit(route.request.url).hostname)
-            route.abort()
+    def asked(request):  # routes would hold each request up, and keep nothing of what all pages share
+        if not request.url.startswith((address, "data:", "blob:")):
+            page.other_hosts.add(urlsplit(request.url).hostname)
 
     def failed(request):
         # A picture that is replaced before it has come, or the icon of a page that is left, is given up by the page
@@ -97,7 +95,7 @@ def page(browser, address):
         if response.status >= 400:
             page.faults.append(f"{response.status}: {response.url}")
 
-    page.route("**/*", keep_local)
+    page.on("request", asked)
     page.on("pageerror", lambda error: page.faults.append(f"script error: {error}"))
     page.on("requestfailed", failed)
     page.on("response", answered)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import threading
 import warnings
 
@@ -10,14 +11,18 @@ import pytest
 import torch
 import torchvision
 from captum.attr import LRP, DeepLift, InputXGradient, IntegratedGradients
-from PIL import Image
+from PIL import Image, ImageOps
 from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, ScoreCAM, XGradCAM
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    BatchEncoding,
     CLIPConfig,
     CLIPModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessor,
     Dinov2Config,
     Dinov2ForImageClassification,
     SiglipConfig,
@@ -39,8 +44,9 @@ from xai_helpers.concepts import factorize
 from xai_helpers.export import to_onnx
 from xai_helpers.layers import find_target_layers, layer_table
 from xai_helpers.plots import compare_maps, overlay, show_maps
-from xai_helpers.reshape import tokens_to_map
+from xai_helpers.reshape import channels_last_to_map, tokens_to_map
 from xai_helpers.scenes import Scene, as_seen
+from xai_helpers.scoring import Example, score_maps
 from xai_helpers.wrappers import LogitsModel, PromptClassifier, frozen, top_categories
 
 CAMS = [GradCAM, HiResCAM, EigenCAM, ScoreCAM, AblationCAM]
@@ -248,6 +254,44 @@ def test_without_a_layer_flips_are_the_picture_that_was_given():
     assert red[4:12, 4:12].sum() > 0.5 * red.sum() and green[48:60, 44:56].sum() > 0.5 * green.sum()
 
 
+# Channels that come last.
+
+
+class Last(nn.Module):
+    """A convolution whose features have their channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 24)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).permute(0, 2, 3, 1)).relu().mean((1, 2))[:, :4]
+
+
+def channels_last():
+    swin = seeded(lambda: torchvision.models.SwinTransformer([2, 2], 16, [1, 1], [1, 1], [4, 4], num_classes=3))
+    config = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_labels=3, image_size=64)
+    convnext = seeded(lambda: ConvNextForImageClassification(config))
+    yield pytest.param(swin, swin.features[1], (64, 64), id="torchvision's Swin")
+    yield pytest.param(convnext, convnext.convnext.encoder.stages[1].layers[0].pwconv2, (64, 64), id="ConvNeXt's block")
+    last = seeded(Last)
+    yield pytest.param(last, last.linear, (32, 80), id="a linear layer")
+
+
+@pytest.mark.parametrize(("model", "layer", "size"), list(channels_last()))
+def test_a_layer_whose_channels_come_last_wants_a_reshape_transform(model, layer, size, tmp_path):
+    x = noise(1, 3, *size)
+    for call in (
+        lambda: explain(model, x, 0, layer),
+        lambda: explain(model, x, 0, layer, method=EigenCAM),
+        lambda: factorize(model, x, layer, lambda vectors: vectors),
+        lambda: to_onnx(model, x, tmp_path / "explained.onnx", target_layer=layer),
+    ):
+        with pytest.raises(ValueError, match="looks like .batch, height, width, channels.: give reshape_transform="):
+            call()
+    assert explain(model, x, 0, layer, channels_last_to_map).shape == (1, *size)
+
+
 # Scores that are not (pictures, categories).
 
 
@@ -392,6 +436,15 @@ def test_a_map_of_nothing_but_what_speaks_against_says_so():
     assert explain(model, x, 0, signed=True).min() < 0
     with pytest.warns(UserWarning, match='sign="absolute" shows the rest'):
         assert not attribute(model, x, 0, InputXGradient, sign="positive").any()
+
+
+def test_in_a_table_of_many_maps_one_of_nothing_is_a_miss_and_no_warning():
+    model = seeded(lambda: Net(after=SATURATED["a clamped score"]))
+    example = Example(noise(1, 3, 16, 16), [0, 1], np.ones((2, 16, 16), bool))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = score_maps({"occlusion": lambda x, asked: occlude(model, x, asked)}, [example])
+    assert table.loc["occlusion", "energy"].eq(0).all()
 
 
 # Scores that are not finite.
@@ -634,13 +687,11 @@ class Tokenizer:
     def __len__(self):
         return 99
 
-    def __call__(self, text, padding=None, max_length=None, return_tensors=None, return_offsets_mapping=False):
-        from transformers import BatchEncoding
-
+    def __call__(self, text, padding=None, max_length=None, return_tensors=None):
         texts = [text] if isinstance(text, str) else text
-        ids = [[4 + sum(map(ord, word)) % 90 for word in one.split()] + [1] for one in texts]
-        if return_offsets_mapping:
-            return {"input_ids": ids[0], "offset_mapping": [(0, 0)] * len(ids[0])}
+        ids = [[3 if "?" in word else 4 + sum(map(ord, word)) % 90 for word in one.split()] + [1] for one in texts]
+        if return_tensors is None:
+            return {"input_ids": ids[0]}
         longest = max_length if padding == "max_length" else max(map(len, ids))
         return BatchEncoding({"input_ids": torch.tensor([one + [0] * (longest - len(one)) for one in ids])})
 
@@ -653,8 +704,15 @@ def test_no_prompt_of_a_siglip_depends_on_how_long_another_one_is():
     for prompt in prompts:
         alone = PromptClassifier(model, Tokenizer(), prompt)
         torch.testing.assert_close(alone(x)[0, 0], together(x)[0, prompts.index(prompt)])
-    padded = Tokenizer()(prompts, padding="max_length", max_length=12)
+    padded = Tokenizer()(prompts, padding="max_length", max_length=12, return_tensors="pt")
     torch.testing.assert_close(together(x), model(pixel_values=x, **padded).logits_per_image)
+
+
+def test_a_tokenizer_that_tells_no_places_names_the_words_that_it_does_not_know():
+    text, vision = tiny_clip()
+    model = seeded(lambda: SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
+    with pytest.warns(UserWarning, match=r"does not know 'c\?t' in 'a c\?t' and reads it as <unk>"):
+        PromptClassifier(model, Tokenizer(), "a c?t")
 
 
 def test_a_tokenizer_of_another_library_or_without_its_vocabulary_says_so():
@@ -950,13 +1008,7 @@ def test_black_is_no_grey_for_a_model_that_takes_values_from_0_to_1():
 CROPS = ViTImageProcessor(size={"height": 32, "width": 32})
 
 
-class CentreCrop:
-    """As transformers' processors that resize the shorter side and crop the middle."""
-
-    def __new__(cls):
-        from transformers import ConvNextImageProcessor
-
-        return ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
+CENTRE_CROP = ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875)
 
 
 def glowing(drawn):
@@ -967,14 +1019,13 @@ def glowing(drawn):
 
 @pytest.mark.parametrize("size", [(128, 64), (64, 64), (60, 120)])
 def test_an_overlay_within_the_part_that_the_model_saw(size):
-    processor = CentreCrop()
+    processor = CENTRE_CROP
     photo = Image.new("RGB", size)
     x, y = size[0] // 2 + 10, size[1] // 2 - 8
     photo.paste((255, 255, 255), (x - 3, y - 3, x + 3, y + 3))
     seen = processor(photo, return_tensors="pt")["pixel_values"][0].mean(0)  # where the white square went
     heat = (seen > seen.min() + 0.5 * (seen.max() - seen.min())).float()
-    for given in (processor,):
-        np.testing.assert_allclose(glowing(overlay(photo, heat, seen=given)), (y, x), atol=2)
+    np.testing.assert_allclose(glowing(overlay(photo, heat, seen=processor)), (y, x), atol=2)
     (ax,) = show_maps(photo, heat[None], "square", seen=processor).axes[1:2]
     np.testing.assert_allclose(glowing(np.asarray(ax.get_images()[0].get_array())), (y, x), atol=2)
     ax = compare_maps(photo, {"one": heat[None]}, "square", seen=processor).axes[1]
@@ -989,8 +1040,6 @@ def test_a_photo_that_exif_turns_is_turned_with_its_map(orientation):
     processor = ViTImageProcessor(size={"height": 48, "width": 96})  # which does not read EXIF data
     seen = processor(lying, return_tensors="pt")["pixel_values"][0].mean(0)
     heat = (seen > 0).float()
-    from PIL import ImageOps
-
     upright = np.asarray(ImageOps.exif_transpose(lying).convert("L"))
     wanted = np.argwhere(upright > 128).mean(axis=0)
     for given in (None, processor, (0, 0, 96, 48)):
@@ -1013,7 +1062,7 @@ def test_a_map_of_other_proportions_warns_unless_it_is_said_what_the_model_saw()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         overlay(photo, heat, seen=(0, 0, 128, 64))
-        overlay(photo, heat, seen=CentreCrop())
+        overlay(photo, heat, seen=CENTRE_CROP)
         overlay(photo, np.ones((16, 33)))  # a column of a coarse grid more
         scene = as_seen(Scene(photo, [], np.zeros((0, 64, 128), bool)), CROPS)  # squashed
         overlay(scene.image, heat)
@@ -1024,10 +1073,13 @@ def test_a_map_of_other_proportions_warns_unless_it_is_said_what_the_model_saw()
 # All functions, again and again.
 
 
+def n_tensors():
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
 @ignore_zero_maps
 def test_a_thousand_maps_leave_no_hooks_and_no_memory():
-    import gc
-
     model, x = seeded(Net), noise(1, 3, 12, 12)
     before = settings(model)
 
@@ -1037,13 +1089,29 @@ def test_a_thousand_maps_leave_no_hooks_and_no_memory():
 
     for _ in range(3):
         round_of_maps()
-    gc.collect()
-    tensors = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    first = n_tensors()
     for _ in range(25):  # of 10 functions with 4 maps each
         round_of_maps()
-    gc.collect()
-    assert len(MAPS) >= 10 and settings(model) == before
-    assert sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) <= tensors + 2
+    assert len(MAPS) >= 10 and settings(model) == before and n_tensors() <= first + 2
+
+
+@ignore_zero_maps
+def test_maps_of_attentions_and_concepts_leave_no_hooks_and_no_memory():
+    model, x = seeded(tiny_vit), noise(1, 3, 32, 32)
+    before = settings(model)
+
+    def round_of_maps():
+        relevance(model, x, [0, 1])
+        rollout(model, x)
+        factorize(model, x, model.vit.layers[1], lambda vectors: vectors, GRID, n_concepts=2)
+        explain(model, x, [0, 1], model.vit.layers[1], GRID)
+        explain(model, x, [0, 1])
+
+    round_of_maps()
+    first = n_tensors()
+    for _ in range(10):
+        round_of_maps()
+    assert settings(model) == before and n_tensors() <= first + 2
 
 
 @each_function

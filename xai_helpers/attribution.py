@@ -101,7 +101,8 @@ def attribute(
             method of Captum that cannot explain the model, as DeepLift where a module runs twice.
 
     Warns:
-        UserWarning: a map is zero everywhere; or the relevance of Captum's LRP is off by more than the whole score.
+        ZeroMapWarning: a map is zero everywhere.
+        UserWarning: the relevance of Captum's LRP is off by more than the whole score.
 
     Example:
         >>> from captum.attr import IntegratedGradients
@@ -255,7 +256,7 @@ def occlude(
         ValueError: as in `attribute`; a window that does not fit into the picture, or a step beyond it; no baseline.
 
     Warns:
-        UserWarning: a map is zero everywhere.
+        ZeroMapWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -318,7 +319,7 @@ def rise(
         ValueError: as in `attribute`; fewer than 2 masks; no baseline.
 
     Warns:
-        UserWarning: a map is zero everywhere.
+        ZeroMapWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load

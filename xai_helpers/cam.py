@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
-from xai_helpers.reshape import ADVICE, batch_axis, check_finite, check_rows, layer_to_map, runs_often
+from xai_helpers.reshape import ADVICE, batch_axis, check_finite, check_layout, check_rows, layer_to_map, runs_often
 from xai_helpers.wrappers import (
     RUNS_AGAIN,
     Scorer,
@@ -94,14 +94,14 @@ def explain(
             or not (categories,) for a name or an index; pixel_values of another shape or not finite; a model without a
             gradient, of torch.jit, exported, or made in inference mode; a method or reshape transform without a layer;
             an empty list of layers, or one that is not in the model, is not reached, runs more than once in a pass, has
-            no positions, other rows than the picture's or no gradient; a reshape transform that does not fit; FullGrad
-            for a model with biases that it does not read; ShapleyCAM with a reshape transform; a model in half
-            precision or without parameters.
+            no positions, its channels last, other rows than the picture's or no gradient; a reshape transform that does
+            not fit; FullGrad for a model with biases that it does not read; ShapleyCAM with a reshape transform; a
+            model in half precision or without parameters.
         TypeError: an option that the method does not have.
 
     Warns:
-        UserWarning: a map is zero everywhere; or the model cannot be forked at the target layer, and the whole of it
-            runs a row a category.
+        ZeroMapWarning: a map is zero everywhere.
+        UserWarning: the model cannot be forked at the target layer, and the whole of it runs a row a category.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -384,6 +384,7 @@ class _Fork(Scorer):
         if not torch.is_grad_enabled():
             raise ValueError(f"target layer {path} runs in torch.no_grad(), where no gradient arrives; {ADVICE}")
         check_rows(maps, len(self.images) * (self.copies if output.requires_grad else 1), path)
+        check_layout(maps, self.images.shape[2:], path)
         check_finite(maps, path)
         axis = batch_axis(output, self.reshape_transform)
         if output.dtype in (torch.float16, torch.bfloat16):  # of autocast, and grad-cam makes arrays of it

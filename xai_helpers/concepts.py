@@ -10,7 +10,7 @@ import torch
 
 from xai_helpers.balance import check_rules_reach
 from xai_helpers.layers import TargetLayer, modules_and_transform
-from xai_helpers.reshape import ADVICE, check_finite, check_rows, layer_to_map, runs_often
+from xai_helpers.reshape import ADVICE, check_finite, check_layout, check_rows, layer_to_map, runs_often
 from xai_helpers.scoring import Example, strongest_inside
 from xai_helpers.wrappers import Scorer, check_count, frozen, input_for, layer_path
 
@@ -96,6 +96,7 @@ def factorize(
             raise ValueError(runs_often(path))
         activations.append(layer_to_map(output, reshape_transform, path))
         check_rows(activations[0], 1, path)
+        check_layout(activations[0], pixel_values.shape[2:], path)
         check_finite(activations[0], path)
 
     with frozen(scorer), torch.no_grad():

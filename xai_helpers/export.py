@@ -19,7 +19,7 @@ from xai_helpers.cam import depths_of, map_over_depths
 from xai_helpers.cuts import tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.pictures import as_linear
-from xai_helpers.reshape import ADVICE, check_rows, layer_to_map, runs_often
+from xai_helpers.reshape import ADVICE, check_layout, check_rows, layer_to_map, runs_often
 from xai_helpers.wrappers import Scorer, frozen, index_among, input_for, layer_path
 
 CLOSE = 1e-3  # of the largest value
@@ -271,15 +271,19 @@ def _balanced(scorer, pixel_values, weights, gamma, signed):
 
 def _grad_cam(scorer, path, reshape_transform):
     """The same for Grad-CAM at a layer."""
-    layer, caught = scorer.model.get_submodule(path), []
+    layer, caught, size = scorer.model.get_submodule(path), [], None
 
     def at_layer(module, inputs, output):
-        check_rows(layer_to_map(output, reshape_transform, path), 1, path)
+        maps = layer_to_map(output, reshape_transform, path)
+        check_rows(maps, 1, path)
+        check_layout(maps, size, path)
         caught.append(output)
         return output.clone()  # on which a later step may work in place
 
     def explanation(image, weights):
+        nonlocal size
         caught.clear()
+        size = image.shape[2:]
         with layer.register_forward_hook(at_layer, prepend=True):
             scores = scorer(image.detach().requires_grad_())
         if len(caught) != 1:
@@ -290,7 +294,6 @@ def _grad_cam(scorer, path, reshape_transform):
         (gradient,) = torch.autograd.grad((scores * weights).sum(), output)
         gradient = layer_to_map(gradient, reshape_transform, path)
         signed = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True)
-        size = image.shape[2:]
 
         def scaled(heat):  # as grad-cam does it, before and after it is enlarged
             heat = heat - heat.amin(dim=(2, 3), keepdim=True)

@@ -118,6 +118,25 @@ def check_rows(maps: torch.Tensor, n: int, path: str) -> None:
         )
 
 
+def check_layout(maps: torch.Tensor, size: tuple[int, ...], path: str) -> None:
+    """Raises a ValueError if a target layer's maps have the picture's proportions with the channels last alone.
+
+    Args:
+        maps: what is taken for (batch, channels, height, width).
+        size: height and width of the picture.
+        path: the layer's name, for the error.
+    """
+
+    def is_like_it(grid):
+        return abs(grid[0] * size[1] - grid[1] * size[0]) <= max(size)
+
+    if is_like_it(maps.shape[1:3]) and not is_like_it(maps.shape[2:]):
+        raise ValueError(
+            f"target layer {path} returns shape {tuple(maps.shape)}, which looks like (batch, height, width, "
+            f"channels): give reshape_transform=channels_last_to_map, of xai_helpers.reshape; {ADVICE}"
+        )
+
+
 def check_finite(maps: torch.Tensor, path: str) -> None:
     """Raises a ValueError unless a target layer's maps are finite."""
     if not maps.isfinite().all():

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
 
 Methods = Mapping[str, Callable[[torch.Tensor, list[str]], np.ndarray] | Sequence[np.ndarray]]
+
+
+class ZeroMapWarning(UserWarning):
+    """A map is zero everywhere. In a table of many maps that is a miss as any other, of which no warning tells."""
 
 
 @dataclass
@@ -41,6 +46,12 @@ def without_device(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [without_device(value) for value in values]
     return values.numpy(force=True) if isinstance(values, torch.Tensor) else values
+
+
+def _without_warnings(method, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZeroMapWarning)
+        return method(*args)
 
 
 def resize_masks(masks: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -191,7 +202,7 @@ def score_maps(methods: Methods, examples: Sequence[Example]) -> "pd.DataFrame":
         for number, example in enumerate(examples):
             start = time.perf_counter()
             if callable(method):
-                maps = without_device(method(example.pixel_values, example.categories))
+                maps = without_device(_without_warnings(method, example.pixel_values, example.categories))
                 seconds = [time.perf_counter() - start] * len(maps)
             else:
                 maps = without_device(method[number])
@@ -326,10 +337,10 @@ def sanity_check(
     """
     import pandas as pd
 
-    def maps_of(one):
+    def maps_of(copy):
         return {
-            name: [method(example.pixel_values, example.categories[:1])[0] for example in examples]
-            for name, method in methods_of(one).items()
+            name: [_without_warnings(method, one.pixel_values, one.categories[:1])[0] for one in examples]
+            for name, method in methods_of(copy).items()
         }
 
     trained = maps_of(model)

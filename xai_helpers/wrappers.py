@@ -19,6 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE
+from xai_helpers.scoring import ZeroMapWarning
 
 if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
@@ -176,8 +177,8 @@ class PromptClassifier(torch.nn.Module):
 
     Args:
         clip: a `CLIPModel` of transformers, or a `SiglipModel`. It is left as it is.
-        processor: its processor, whose tokenizer reads the prompts. They are padded to the model's context, as in its
-            training, so that no prompt depends on how long another one is.
+        processor: its processor, whose tokenizer reads the prompts. For a SigLIP they are padded to its context, as in
+            its training, so that no prompt depends on how long another one is.
         prompts: a text or several, which are the names of the categories; or a dict, name -> text.
         scores: "similarity": the cosine of image and text, times the model's own temperature, and for a SigLIP plus its
             bias. It knows nothing of the other prompts. "contrast": the similarity minus the mean over all prompts.
@@ -263,22 +264,29 @@ def _tokens(clip, processor, texts):
         )
     unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     context = clip.config.text_config.max_position_embeddings
+    tells_places = getattr(tokenizer, "is_fast", False)
     for text in texts:
-        read = tokenizer(text, return_offsets_mapping=True)
+        read = tokenizer(text, return_offsets_mapping=True) if tells_places else tokenizer(text)
         if len(read["input_ids"]) > context:
             raise ValueError(
                 f"the prompt {text[:40] + '...'!r} has {len(read['input_ids'])} tokens; the model reads {context}, the "
                 "marks for start and end included: shorten it"
             )
-        pairs = zip(read["input_ids"], read["offset_mapping"], strict=True)
-        strange = [text[start:end] for token, (start, end) in pairs if token in unknown]
+        if tells_places:
+            pairs = zip(read["input_ids"], read["offset_mapping"], strict=True)
+            strange = [text[start:end] for token, (start, end) in pairs if token in unknown]
+        else:
+            strange = [word for word in text.split() if unknown & set(tokenizer(word)["input_ids"])]
         if strange:
             warnings.warn(
                 f"the tokenizer does not know {', '.join(map(repr, strange))} in {text!r} and reads it as "
                 f"{tokenizer.unk_token}",
                 stacklevel=3,
             )
-    return tokenizer(texts, padding="max_length", max_length=context, return_tensors="pt").to(clip.device)
+    # A SigLIP reads padding, too, and was trained on texts that are padded to its context.
+    reads_padding = "attention_mask" not in read or "siglip" in clip.config.model_type
+    padding = {"padding": "max_length", "max_length": context} if reads_padding else {"padding": True}
+    return tokenizer(texts, **padding, return_tensors="pt").to(clip.device)
 
 
 class CategoryTarget:
@@ -495,7 +503,7 @@ def finished_maps(maps: np.ndarray, why_zero: str) -> np.ndarray:
         ValueError: a map has NaN or infinite values.
 
     Warns:
-        UserWarning: a map is zero everywhere.
+        ZeroMapWarning: a map is zero everywhere.
     """
     maps = np.asarray(maps, np.float32)
     for number, heat in enumerate(maps, start=1):
@@ -506,7 +514,8 @@ def finished_maps(maps: np.ndarray, why_zero: str) -> np.ndarray:
                 "none, such as occlude or rise"
             )
         if not heat.any():
-            warnings.warn(f"the map of category number {number} is zero everywhere: {why_zero}", stacklevel=3)
+            why = f"the map of category number {number} is zero everywhere: {why_zero}"
+            warnings.warn(why, ZeroMapWarning, stacklevel=3)
     return maps
 
 
