@@ -14,13 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hub import COMMIT, Hub, digest
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from xai_helpers.checkpoints import BUNDLED, CHECKPOINTS, HUB_BOXES, HUB_PICTURE, chosen_weights, load
+from xai_helpers.checkpoints import BUNDLED, CHECKPOINTS, HUB_BOXES, HUB_PICTURE, chosen_weights, example_scene, load
 from xai_helpers.hub import damaged, lacks
+from xai_helpers.imagenet import efficientnet_lite
+from xai_helpers.scenes import make_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 RESNET, YOLOS, CLIP = (CHECKPOINTS[name].hub for name in ("resnet", "yolos", "clip-base"))
@@ -144,6 +147,20 @@ def test_what_the_cache_has_needs_no_network(hub, read):
     assert read(LOAD) == (None, FIRST) and hub.asked == []
 
 
+def test_what_the_libraries_themselves_have_cached_is_taken(hub, read):
+    hub.files[PICTURE] = {"README.md": CARD, "cats.png": picture()}
+    filled = read(
+        "import datasets, transformers",
+        f"datasets.load_dataset('{HUB_PICTURE}', split='test')",
+        f"transformers.AutoImageProcessor.from_pretrained('{RESNET}')",
+        f"transformers.ResNetForImageClassification.from_pretrained('{RESNET}').training",
+    )
+    assert filled == (None, False)
+    hub.silent = True
+    hub.asked.clear()
+    assert read(LOAD) == (None, FIRST) and read(SCENE) == (None, [640, 480, 10, 200, 48]) and not hub.asked
+
+
 def test_a_checkpoint_with_texts_and_one_in_several_files(hub, read):
     for name in ("clip-base", "clip-large"):
         repository = CHECKPOINTS[name].hub
@@ -153,6 +170,25 @@ def test_a_checkpoint_with_texts_and_one_in_several_files(hub, read):
         assert read(call) == (None, [len(processor.tokenizer), model.num_parameters()])
         hub.asked.clear()
         assert read(call)[0] is None and not hub.asked
+
+
+def test_a_checkpoint_in_timms_format(hub, read):
+    """No processor's file, no kind of model, and names of its own."""
+    model, _ = efficientnet_lite()
+    pretrained = timm.get_pretrained_cfg("tf_efficientnet_lite0.in1k").to_dict()
+    config = {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": pretrained}
+    weights = save({key: value.contiguous() for key, value in model.timm_model.state_dict().items()})
+    repository = CHECKPOINTS["efficientnet-lite"].hub
+    hub.files[repository] = {"config.json": json.dumps(config).encode(), WEIGHTS: weights}
+    scores = "(lambda m, p: m(**p(make_scene(0).image)).logits[0, :9].tolist())(*load('efficientnet-lite', 'hub'))"
+    kind, found = read(scores)
+    assert kind is None
+    _, processor = load("efficientnet-lite", "bundled")
+    with torch.no_grad():
+        wanted = model(**processor(make_scene(0).image)).logits[0, :9]
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-3, atol=1e-3)
+    hub.asked.clear()
+    assert read(scores) == (None, found) and not hub.asked
 
 
 REFUSALS = {
@@ -357,9 +393,9 @@ def test_weights_in_pytorchs_format_are_read_and_a_pickle_is_not_run(hub, read, 
     assert kind == "ValueError" and "me/trap cannot be read" in message and not (tmp_path / "ran").exists()
 
 
-def picture(side=48, kind="png"):
+def picture():
     held = io.BytesIO()
-    Image.new("RGB", (640, 480), (10, 200, side)).save(held, kind)
+    Image.new("RGB", (640, 480), (10, 200, 48)).save(held, "png")
     return held.getvalue()
 
 
@@ -399,6 +435,14 @@ def test_a_file_that_lies_elsewhere_is_fetched_by_the_same_rules(hub, read, tmp_
     assert (tmp_path / "there" / "w.pth").read_bytes() == body
     hub.silent = True
     assert read(f"{call}'{digest(WEIGHTS, body)[:8]}')") == (None, None)
+
+
+def test_weights_of_torchvision_that_are_broken_are_named(read, tmp_path):
+    path = tmp_path / "hub" / "checkpoints" / "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    kind, message = read(f"os.environ.update(TORCH_HOME='{tmp_path}')", "load('faster-rcnn', 'hub')")
+    assert kind == "OSError" and re.match(f"The file {path} cannot be read .* Delete it, and it is fetched", message)
 
 
 def one(endpoint, folder, code, before=lambda: None, **environment):
@@ -454,7 +498,7 @@ def test_a_folder_says_what_it_lacks(tmp_path):
 
 def test_a_word_that_is_no_place_of_weights_is_refused(monkeypatch):
     monkeypatch.setenv("XAI_WEIGHTS", "Hub")
-    for call in (chosen_weights, lambda: load("resnet")):
+    for call in (chosen_weights, example_scene, lambda: load("resnet")):
         with pytest.raises(ValueError, match='XAI_WEIGHTS is "bundled", "hub", a folder, or an id .*, not \'Hub\''):
             call()
     with pytest.raises(ValueError, match='^weights is "bundled", "hub"'):
