@@ -112,7 +112,7 @@ def read(reading, hub):
     reader = reading[1]
     for name in ("hub", "datasets"):
         shutil.rmtree(reader.home / name, ignore_errors=True)
-    assert reader("hub.ANSWER, hub.TRY, hub.SILENCE = 15, 5, 30", "os.environ.pop('XAI_WEIGHTS', None)")[0] is None
+    assert reader("hub.ANSWER, hub.TRY, hub.SILENCE = 15, 4, 30", "1")[0] is None
     return reader
 
 
@@ -222,7 +222,7 @@ def test_a_silent_host_is_not_waited_for(hub, read, call):
     kind, message = read("hub.ANSWER, hub.TRY = 1, 30", call)  # the library's own limit does not count
     assert kind == "OSError" and "could not be fetched: 127.0.0.1 did not answer for 1 s. Check the network" in message
     kind, message = read("hub.ANSWER, hub.TRY = 30, .2", call)
-    assert kind == "OSError" and "could not be fetched: 127.0.0.1 cannot be reached (read timeout" in message
+    assert kind == "OSError" and "could not be fetched: 127.0.0.1 did not answer (read timeout" in message
     assert len(hub.asked) == 3  # one, and one with a retry
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from tqdm.auto import tqdm
 
 #: Seconds in which a server answers, all tries together; in one try; and which may pass without a byte of a file.
-ANSWER, TRY, SILENCE = 15.0, 5.0, 30.0
+ANSWER, TRY, SILENCE = 15.0, 4.0, 30.0
 TRIES = 3  # without a new byte, before a file is given up
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -369,7 +369,8 @@ def _cause(error, host, cache):
         return _refusal(error, host)
     if isinstance(error, HTTPError):  # the network's
         kind = re.sub("(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()  # such as "connect timeout"
-        return f"{host} cannot be reached ({kind}{f': {error}' * bool(str(error))})", "Check the network and its proxy"
+        fault = "did not answer" if "timeout" in kind else "cannot be reached"
+        return f"{host} {fault} ({kind}: {error})".replace(": )", ")"), "Check the network and its proxy"
     if isinstance(error, TimeoutError):
         return f"{host} {error}", "Check the network and its proxy, or try again later"
     if isinstance(error, DamagedError):
