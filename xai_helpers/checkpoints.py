@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xai_helpers import hub
 from xai_helpers.imagenet import RIGHT, efficientnet_lite
 from xai_helpers.pictures import read_picture
 from xai_helpers.scenes import PHOTOS, Scene, as_seen, labels, make_scene, natural
@@ -98,8 +100,18 @@ HUB_BOXES = {
 
 
 def chosen_weights(weights: str | Path | None = None) -> str | Path:
-    """Which weights a call uses: `weights`, else the environment's XAI_WEIGHTS, else "bundled"."""
-    return weights or os.environ.get("XAI_WEIGHTS") or "bundled"
+    """Which weights a call uses: `weights`, else the environment's XAI_WEIGHTS, else "bundled".
+
+    Raises:
+        ValueError: a word that is none of "bundled" and "hub", and no folder.
+    """
+    chosen = weights or os.environ.get("XAI_WEIGHTS") or "bundled"
+    if chosen in ("bundled", "hub") or isinstance(chosen, Path) or "/" in chosen or Path(chosen).is_dir():
+        return chosen
+    raise ValueError(
+        f'{"weights" if weights else "XAI_WEIGHTS"} is "bundled", "hub", a folder, or an id of the hub such as '
+        f'"microsoft/resnet-50", not {chosen!r}.'
+    )
 
 
 def default_device() -> torch.device:
@@ -124,18 +136,21 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
         CLIP a CLIPModel, and a processor of pictures and texts; else a model for object detection or semantic
         segmentation. "faster-rcnn" is torchvision's, with a `config.id2label` beside.
 
+    Nothing that a checkpoint brings is run: no code of its own, no pickle. What the hub's cache has is taken as it is,
+    without a network.
+
     Raises:
-        ValueError: an unknown name, published weights of a model with a fault, or a folder whose weights lack a part of
-            the model, such as its head.
-        OSError: the checkpoint is not there and cannot be fetched.
+        ValueError: an unknown name or word for `weights`, published weights of a model with a fault, or a checkpoint
+            that is none for this name: of another kind or size, with code of its own, or without a part of the model,
+            such as its head.
+        OSError: the checkpoint is not there, cannot be fetched, or has a file that cannot be read. The first sentence
+            says why, the second what to do.
 
     Example:
         >>> model, processor = load("resnet", weights="bundled", device="cpu")
         >>> type(model).__name__, model.training, model.device
         ('ResNetForImageClassification', False, device(type='cpu'))
     """
-    import transformers  # late, as its classes: they take a second
-
     if name not in CHECKPOINTS:
         raise ValueError(f"There is no checkpoint {name!r}. There are: {', '.join(CHECKPOINTS)}.")
     known, weights = CHECKPOINTS[name], chosen_weights(weights)
@@ -152,34 +167,88 @@ def load(name: str, weights: str | Path | None = None, device: torch.device | st
             f"training.{known.trained_by} {name}{elsewhere}."
         )
     try:
-        if known.model_class is None:
-            from xai_helpers.detectors import SceneFasterRCNN, published_faster_rcnn
+        if weights == "hub" and known.model_class is None:
+            from xai_helpers.detectors import published_faster_rcnn
 
-            if weights == "hub":
-                model, processor = published_faster_rcnn(str(source))
-            else:
-                processor = transformers.AutoImageProcessor.from_pretrained(source)
-                with contextlib.redirect_stdout(None):  # it prints where it reads from
-                    model = SceneFasterRCNN.from_pretrained(source)
+            model, processor = published_faster_rcnn(str(source))
         else:
-            processor_class = transformers.AutoProcessor if known.task == "prompts" else transformers.AutoImageProcessor
-            processor = processor_class.from_pretrained(source)
-            model, found = getattr(transformers, known.model_class).from_pretrained(
-                source,
-                dtype=torch.float32,
-                use_safetensors=True if weights == "bundled" else None,
-                output_loading_info=True,
-            )
-            missing = sorted(found["missing_keys"])
-            if missing and weights != "hub":
-                raise ValueError(
-                    f"The weights in {source} are not those of a {type(model).__name__}: {len(missing)} of its "
-                    f"parameters are not there and would be random, such as {missing[0]}. Train the model with its "
-                    "head, or give another folder."
-                )
+            model, processor = _read(_folder(source, known.task == "prompts"), source, known)
     except OSError as error:
-        raise OSError(_unreachable(f"The checkpoint {source}", f'load({name!r}, weights="bundled")')) from error
+        raise OSError(f"{error}, or use what is bundled: {_bundled(f'load({name!r}, weights=')}.") from error
     return model.to(device or default_device()).eval(), processor
+
+
+def _text(error):
+    """An error's message on one line."""
+    return " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+
+
+def _bundled(call):
+    return f'{call}"bundled"), or leave XAI_WEIGHTS unset'
+
+
+def _folder(source, texts):
+    """The folder with a checkpoint: a folder itself, or the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise OSError(f"The checkpoint {source} is not on this machine: there is no such folder. Give another one")
+    return hub.checkpoint(source, texts)
+
+
+def _read(folder, source, known):
+    """Model and processor from a folder, in which transformers finds all that it asks for."""
+    import transformers  # late, as its classes: they take a second
+
+    texts = known.task == "prompts"
+    here = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if known.model_class is None:
+            from xai_helpers.detectors import SceneFasterRCNN
+
+            processor = transformers.AutoImageProcessor.from_pretrained(folder, **here)
+            with contextlib.redirect_stdout(None):  # it prints where it reads from
+                return SceneFasterRCNN.from_pretrained(folder, strict=True), processor
+        processor = (transformers.AutoProcessor if texts else transformers.AutoImageProcessor).from_pretrained(
+            folder, **here
+        )
+        model, found = getattr(transformers, known.model_class).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **here
+        )
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # each library has its own
+        if fault := hub.damaged(folder):
+            raise OSError(fault) from error
+        if missing := hub.lacks(folder, texts):
+            raise OSError(
+                f"The folder {folder} is no whole checkpoint: it has no {missing}. Save the model and its processor "
+                "there, each by its save_pretrained"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The checkpoint {source} has code of its own, which is not run here. Choose another one."
+            ) from error
+        raise ValueError(
+            f"The checkpoint {source} cannot be read as {known.model_class or 'a Faster R-CNN of this project'}, which "
+            f"is for {known.task}: {_text(error)}. Choose another one."
+        ) from error
+    kind = type(model).__name__
+    if texts and not hasattr(model, "get_text_features"):
+        raise ValueError(f"The checkpoint {source} is a {kind}, and no CLIP: it knows no texts. Choose another one.")
+    if found["mismatched_keys"]:
+        key, there, wanted = sorted(found["mismatched_keys"])[0]
+        raise ValueError(
+            f"The weights in {source} have other sizes than its config.json says: {key} is {tuple(there)}, and not "
+            f"{tuple(wanted)}. Save the model and its config anew, with the names of all categories in id2label."
+        )
+    missing = sorted(key for key in found["missing_keys"] if not key.endswith("num_batches_tracked"))  # not read
+    if missing:
+        raise ValueError(
+            f"The weights in {source} are not those of a {kind}: {len(missing)} of its parameters are not there and "
+            f"would be random, such as {missing[0]}. Train the model with its head, or give another folder."
+        )
+    return model, processor
 
 
 def example_scene(weights: str | Path | None = None) -> Scene:
@@ -193,21 +262,32 @@ def example_scene(weights: str | Path | None = None) -> Scene:
         (n_categories, height, width).
 
     Raises:
-        OSError: the picture is not there and cannot be fetched.
+        ValueError: XAI_WEIGHTS or `weights` is a word that it cannot be.
+        OSError: the picture is not there and cannot be fetched, or cannot be read.
     """
     if chosen_weights(weights) == "bundled":
         return make_scene(seed=52, objects=["cat", "coffee cup"])  # one that all the models recognise
-    from datasets import load_dataset
-
     try:
-        image = read_picture(load_dataset(HUB_PICTURE, split="test")[0]["image"])
-    except (OSError, ValueError) as error:  # offline, datasets raises either
-        raise OSError(_unreachable(f"The picture {HUB_PICTURE}", 'example_scene("bundled")')) from error
+        image = _hub_picture()
+    except OSError as error:
+        raise OSError(f"{error}, or use what is bundled: {_bundled('example_scene(')}.") from error
     masks = np.zeros((len(HUB_BOXES), image.height, image.width), bool)
     for mask, boxes in zip(masks, HUB_BOXES.values(), strict=True):
         for left, top, right, bottom in boxes:
             mask[top:bottom, left:right] = True
     return Scene(image, list(HUB_BOXES), masks)
+
+
+def _hub_picture():
+    from datasets import load_dataset
+
+    folder = hub.dataset(HUB_PICTURE)
+    try:
+        return read_picture(load_dataset(str(folder), split="test")[0]["image"])
+    except Exception as error:  # datasets, pyarrow and PIL have their own
+        cure = f"Delete {folder.parents[1]}, and it is fetched anew"
+        cause, cure = hub.unwritable(error, "the cache of datasets") or (_text(error), cure)
+        raise OSError(f"The picture {HUB_PICTURE} cannot be read: {cause}. {cure}") from error
 
 
 def scene_categories(model: Any) -> dict[str, str]:
@@ -354,10 +434,3 @@ def scores_of(model: Any, processor: Any, scenes: Sequence[Scene]) -> torch.Tens
     inputs = processor(images=[scene.image for scene in scenes], return_tensors="pt").to(device_of(model))
     with torch.no_grad():
         return model(**inputs).logits.float().cpu()
-
-
-def _unreachable(what, bundled):
-    return (
-        f"{what} is not on this machine and could not be fetched. Check the network (and that HF_HUB_OFFLINE is not "
-        f"set), or use what is bundled: {bundled}, or leave XAI_WEIGHTS unset."
-    )

@@ -1,6 +1,7 @@
 """A small Faster R-CNN of torchvision around a ResNet of transformers, in the hub's folder format."""
 
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -11,6 +12,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from transformers import AutoBackbone, PreTrainedConfig, ResNetConfig, ViTImageProcessor
+
+from xai_helpers import hub
 
 
 class ResNetPyramid(torch.nn.Module):
@@ -99,9 +102,14 @@ def published_faster_rcnn(name: str) -> tuple[FasterRCNN, ViTImageProcessor]:
         (model, processor). The model has a `config.id2label`, COCO's categories with the background first.
 
     Raises:
-        OSError: the weights are not there and cannot be fetched.
+        OSError: the weights are not there and cannot be fetched, or cannot be read.
     """
     weights = get_model_weights(name).DEFAULT
-    model = get_model(name, weights=weights)
+    path = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])  # where torchvision looks first
+    hub.weights_file(weights.url, path, path.stem.rpartition("-")[2])
+    try:
+        model = get_model(name, weights=weights)
+    except Exception as error:  # a pickle has many ways to be broken
+        raise OSError(f"The file {path} cannot be read ({error}). Delete it, and it is fetched anew") from error
     model.config = PreTrainedConfig(id2label=dict(enumerate(weights.meta["categories"])))
     return model, ViTImageProcessor(do_resize=False, do_normalize=False)
