@@ -117,8 +117,9 @@ def show_maps(
         seen: as in `overlay`; answers are of the part that the model saw, as maps are.
 
     Returns:
-        The matplotlib figure. A cross marks each map's maximum. Where several pixels reach it, it is the one nearest
-        to their centre; with answers, of those inside for a hit and of those outside for a miss.
+        The matplotlib figure. With `seen`, a dotted line is around what the model saw. A cross marks each map's
+        maximum. Where several pixels reach it, it is the one nearest to their centre; with answers, of those inside for
+        a hit and of those outside for a miss.
 
     Raises:
         ValueError: the numbers of maps, titles and answers differ, or `full_at` is no quantile.
@@ -142,6 +143,7 @@ def show_maps(
             f"{len(maps)} maps need as many titles and answers, "
             f"not {len(titles)} and {'none' if answers is None else len(answers)}."
         )
+    frame = _frame(image, maps, seen)
     image, maps, answers = _placed(image, maps, answers, seen)
     panels = len(maps) + 1
     columns = 3 if panels in (5, 6, 9) else min(panels, 4)  # few empty places
@@ -157,6 +159,8 @@ def show_maps(
     for i, (ax, heat, title) in enumerate(zip(axes.flat[1:], maps, titles, strict=False)):
         words = _map_panel(ax, image, heat, None if answers is None else answers[i], full_at)
         ax.set_title(f"{title}\n{words}" if words else title)
+    for ax in axes.flat[:panels]:
+        _draw_frame(ax, frame)
     _colour_bar(figure, axes, full_at, maps)
     return figure
 
@@ -199,6 +203,7 @@ def compare_maps(
     counts = {len(images), *map(len, columns.values()), *([] if answers is None else [len(answers)])}
     if not columns or counts != {len(rows)}:
         raise ValueError(f"{len(rows)} rows need as many images, maps of each method, and answers; and a method.")
+    frames = [_frame(image, [found[i] for found in columns.values()], seen) for i, image in enumerate(images)]
     placed = []
     for i, image in enumerate(images):
         answer = None if answers is None else answers[i : i + 1]
@@ -218,6 +223,8 @@ def compare_maps(
         ax.set_title(title)
     for i, (image, row) in enumerate(zip(images, rows, strict=True)):
         axes[i, 0].imshow(image)
+        for ax in axes[i]:
+            _draw_frame(ax, frames[i])
         axes[i, 0].set_ylabel(row)
         _, found, answer = placed[i]
         for ax, heat in zip(axes[i, 1:], found, strict=True):
@@ -237,6 +244,23 @@ def _placed(image, maps, answers, seen):
     if len(found) > n:
         answers = [mask >= 0.5 for mask in found[n:]]
     return picture, found[:n], answers
+
+
+def _frame(image, maps, seen):
+    """Where on a photo the model looked; None if it looked everywhere."""
+    if seen is None or not maps:
+        return None
+    _, (inside,) = on_photo(image, [np.ones(maps[0].shape)], seen)
+    return None if inside.all() else inside
+
+
+def _draw_frame(ax, frame):
+    """A dotted line around the part of a photo that the model saw."""
+    if frame is not None:
+        padded = np.pad(frame, 1)
+        at = [np.arange(-1, length + 1) for length in frame.shape[::-1]]
+        ax.contour(*at, padded, levels=[0.5], colors="white", linewidths=1, linestyles="dotted")
+        ax.set(xlim=(-0.5, frame.shape[1] - 0.5), ylim=(frame.shape[0] - 0.5, -0.5))
 
 
 def _map_panel(ax, image, heat, answer, full_at):
