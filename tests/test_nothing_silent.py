@@ -447,6 +447,22 @@ def test_in_a_table_of_many_maps_one_of_nothing_is_a_miss_and_no_warning():
     assert table.loc["occlusion", "energy"].eq(0).all()
 
 
+@pytest.mark.parametrize("shift", [-1, -5, -50])
+def test_ablation_cam_says_that_a_negative_score_turns_its_map_round(shift):
+    model, x = seeded(Net), noise(1, 3, 16, 16)
+
+    score = model(x)[0, 1].item()
+
+    def with_constant(c):
+        return explain(model, x, lambda scores: scores[1] - score + c, model.conv, method=AblationCAM)
+
+    right = with_constant(3)
+    with pytest.warns(UserWarning, match=r"1 shows what speaks against it: AblationCAM divides.* scores\[0\] \+ 100"):
+        turned = with_constant(shift)
+    np.testing.assert_allclose(with_constant(100), right, atol=1e-3)  # as it says: a constant changes nothing
+    assert np.corrcoef(right.ravel(), turned.ravel())[0, 1] < 0
+
+
 # Scores that are not finite.
 
 NOT_FINITE = {
@@ -523,6 +539,15 @@ def test_threads_that_explain_different_models_do_not_wait_for_each_other():
         thread.start()
         thread.join(timeout=60)
     assert len(order) == 1
+
+
+def test_a_function_that_runs_the_model_meanwhile_says_so():
+    model, x = seeded(Net), noise(1, 3, 16, 16)
+    for other in (x, x * 2, noise(1, 3, 16, 16, seed=1)):
+        with pytest.raises(ValueError, match="a category's function runs the model"):
+            explain(model, x, lambda scores, other=other: scores[0] - model(other)[0, 0], model.conv)
+        reference = model(other)[0, 0].item()
+        assert explain(model, x, lambda scores, c=reference: scores[0] - c, model.conv).max() == 1
 
 
 # A second input, single scores, other inputs.

@@ -48,7 +48,7 @@ def relevance(
             inference mode; pixel_values of another shape or not finite; a model in half precision.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load

@@ -101,7 +101,7 @@ def attribute(
             method of Captum that cannot explain the model, as DeepLift where a module runs twice.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere.
         UserWarning: the relevance of Captum's LRP is off by more than the whole score.
 
     Example:
@@ -256,7 +256,7 @@ def occlude(
         ValueError: as in `attribute`; a window that does not fit into the picture, or a step beyond it; no baseline.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load
@@ -319,7 +319,7 @@ def rise(
         ValueError: as in `attribute`; fewer than 2 masks; no baseline.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere.
 
     Example:
         >>> from xai_helpers.checkpoints import examples, load

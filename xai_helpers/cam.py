@@ -17,6 +17,7 @@ from xai_helpers.balance import balanced_gradients, check_rules_reach
 from xai_helpers.cuts import complete_cuts, read_as_maps, tensors_of_modules
 from xai_helpers.layers import NO_GRADIENT, ZERO_GRADIENT, TargetLayer, modules_and_transform
 from xai_helpers.reshape import ADVICE, batch_axis, check_finite, check_layout, check_rows, layer_to_map, runs_often
+from xai_helpers.scoring import MapWarning
 from xai_helpers.wrappers import (
     RUNS_AGAIN,
     Scorer,
@@ -59,15 +60,16 @@ def explain(
     image runs through the model once, and back once a category.
 
     *With a layer*, by a class activation map, Grad-CAM (Selvaraju et al., ICCV 2017) unless another one is asked for.
-    The image runs through the model once. At the target layer its activations are repeated, one row a category, so
-    only the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives
-    for the repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it
-    on a CPU, `explain` does. Each is divided by its own maximum, and gradients of a tiny score are scaled up before,
-    where grad-cam adds 1e-7. ScoreCAM and AblationCAM score many masked images or activations; all categories are read
-    from the same scores. AblationCAM does to a channel what grad-cam does, which is not what its paper says: it sets it
-    to 0 only where 0 is the least value of the layer, as behind a ReLU, and else to that value minus ten million. For
-    a negative score grad-cam's own AblationCAM turns the map around, `explain` does not. The model is explained in eval
-    mode and left as it was. Threads that explain one model take turns; others should not run it meanwhile.
+    The image runs through the model once. At the target layer its activations are repeated, one row a category, so only
+    the layers behind it run for each category, forward and backward. The maps are those that grad-cam gives for the
+    repeated image, where no later step works in place on what the layer put out: grad-cam keeps no copy of it on a CPU,
+    `explain` does. Each is divided by its own maximum, and gradients of a tiny score are scaled up before, where
+    grad-cam adds 1e-7. ScoreCAM and AblationCAM score many masked images or activations; all categories are read from
+    the same scores. AblationCAM does to a channel what grad-cam does, which is not what its paper says: it sets it to 0
+    only where 0 is the least value of the layer, as behind a ReLU, and else to that value minus ten million. And it
+    divides by the score, so that the map of a negative one is turned round, of which a warning tells. The model is
+    explained in eval mode and left as it was. Threads that explain one model take turns; others should not run it
+    meanwhile.
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
@@ -100,7 +102,7 @@ def explain(
         TypeError: an option that the method does not have.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere, or AblationCAM's of a negative score.
         UserWarning: the model cannot be forked at the target layer, and the whole of it runs a row a category.
 
     Example:
@@ -329,12 +331,19 @@ def _masking_cam(method):
             whole, without = self.scores(targets, ablated, len(channels), self.batch_size)
             check_scores(without.T)
             whole = whole.numpy(force=True)
+            for number in np.flatnonzero(whole < 0) + 1:
+                warnings.warn(
+                    f"the map of category number {number} shows what speaks against it: {method.__name__} divides by "
+                    "the score, which is negative here. Explain it with a constant added, such as lambda scores: "
+                    "scores[0] + 100, or by another method",
+                    MapWarning,
+                    stacklevel=7,
+                )
             without = [
                 self.assemble_ablation_scores(scores, score, channels, activations.shape[1])  # of those left out, too
                 for scores, score in zip(without.numpy(force=True), whole, strict=True)
             ]
-            size = np.abs(whole)[:, None]  # what lowers a negative score when it is set to zero speaks for it, too
-            return (whole[:, None] - np.float32(without)) / np.where(size > 0, size, 1)
+            return (whole[:, None] - np.float32(without)) / np.where(whole == 0, 1, whole)[:, None]
 
     made = Score if issubclass(method, ScoreCAM) else Ablation
     made.__name__ = method.__name__
@@ -376,7 +385,7 @@ class _Fork(Scorer):
             return None
         path = self.paths[layer]
         if not self.is_running:
-            raise ValueError(RUNS_AGAIN)  # of gradient checkpointing, in the backward pass
+            raise ValueError(RUNS_AGAIN)
         if layer in self.seen:
             raise ValueError(runs_often(path))
         self.seen.add(layer)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # imported late below: only tables need it
 Methods = Mapping[str, Callable[[torch.Tensor, list[str]], np.ndarray] | Sequence[np.ndarray]]
 
 
-class ZeroMapWarning(UserWarning):
-    """A map is zero everywhere. In a table of many maps that is a miss as any other, of which no warning tells."""
+class MapWarning(UserWarning):
+    """Who looks at a map is to know that it is zero everywhere, or turned round. Tables of many maps do without."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ def without_device(values: Any) -> Any:
 
 def _without_warnings(method, *args):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZeroMapWarning)
+        warnings.simplefilter("ignore", MapWarning)
         return method(*args)
 
 

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from xai_helpers.reshape import ADVICE
-from xai_helpers.scoring import ZeroMapWarning
+from xai_helpers.scoring import MapWarning
 
 if TYPE_CHECKING:  # imported late below: only tables need it
     import pandas as pd
@@ -503,7 +503,7 @@ def finished_maps(maps: np.ndarray, why_zero: str) -> np.ndarray:
         ValueError: a map has NaN or infinite values.
 
     Warns:
-        ZeroMapWarning: a map is zero everywhere.
+        MapWarning: a map is zero everywhere.
     """
     maps = np.asarray(maps, np.float32)
     for number, heat in enumerate(maps, start=1):
@@ -515,7 +515,7 @@ def finished_maps(maps: np.ndarray, why_zero: str) -> np.ndarray:
             )
         if not heat.any():
             why = f"the map of category number {number} is zero everywhere: {why_zero}"
-            warnings.warn(why, ZeroMapWarning, stacklevel=3)
+            warnings.warn(why, MapWarning, stacklevel=3)
     return maps
 
 
@@ -659,8 +659,8 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 
 RUNS_AGAIN = (
-    "a layer runs once more in the backward pass, by torch.utils.checkpoint, past what an explanation does to it: "
-    "switch gradient checkpointing off, which saves memory in training alone"
+    "a layer runs outside the pass that is explained: by gradient checkpointing, which saves memory in training alone "
+    "(switch it off), or because a category's function runs the model (let it use what was computed before)"
 )
 
 
