@@ -41,7 +41,7 @@ from xai_helpers.wrappers import LogitsModel, PromptClassifier, category_index, 
 
 RESULTS = Path(__file__).with_name("known_answers.csv")
 HUB_RESULTS = Path(__file__).with_name("hub_results.csv")
-MODELS = names_of("classification", "prompts")
+MODELS = names_of("classification", "imagenet", "prompts")
 WHERE_HIDING_MATTERS = "pointing where hiding matters"
 #: The higher, the better, against the known answer.
 ON_ANSWERS = ["pointing", WHERE_HIDING_MATTERS, "energy", "average precision"]
