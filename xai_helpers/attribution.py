@@ -33,12 +33,13 @@ class _Score(torch.nn.Module):
     def __init__(self, model, targets):
         super().__init__()
         self.model = Scorer(model)
-        self.targets = targets
+        self.targets, self.has_gradient = targets, True
 
     def forward(self, pixel_values):
         rows = self.model(pixel_values)
         scores = torch.stack([torch.stack([target(row) for target in self.targets]) for row in rows])
         check_scores(scores)
+        self.has_gradient = scores.requires_grad
         return scores
 
 
@@ -79,7 +80,7 @@ def attribute(
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
         categories: as in `cam.explain`.
         method: a class of Captum such as Saliency or IntegratedGradients, or a function of a scorer that makes one,
             such as `lambda net: NoiseTunnel(Saliency(net))`; None: Saliency. "balanced": value times balanced gradient
@@ -113,7 +114,7 @@ def attribute(
         >>> maps.shape  # a scene with two objects
         (2, 128, 128)
     """
-    from captum.attr import LRP, GradientAttribution, Saliency  # late: most explanations need no Captum
+    from captum.attr import LRP, Saliency  # late: most explanations need no Captum
 
     pixel_values = input_for(model, pixel_values)
     if sign not in ("absolute", "positive"):
@@ -129,9 +130,7 @@ def attribute(
         warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
         engine = (method or Saliency)(scorer)
         source = pixel_values.clone().requires_grad_()
-        if not scorer(source).requires_grad and isinstance(engine, GradientAttribution):
-            raise ValueError(NO_GRADIENT)
-        with _captum_explained(engine, model), no_checkpointing():
+        with _captum_explained(engine, scorer), no_checkpointing():
             found = [engine.attribute(source, target=i, **options).detach() for i in range(len(scorer.targets))]
         if isinstance(engine, LRP):
             _check_adds_up(found, scorer(pixel_values)[0])
@@ -158,18 +157,22 @@ CAPTUMS_OWN = (AssertionError, AttributeError, IndexError, KeyError, NotImplemen
 
 
 @contextlib.contextmanager
-def _captum_explained(engine, model):
+def _captum_explained(engine, scorer):
     """What Captum raises where a model is not made for a method says so, and what to do."""
+    from captum.attr import GradientAttribution
+
     try:
         yield
     except CAPTUMS_OWN as error:
+        if isinstance(engine, GradientAttribution) and not scorer.has_gradient:
+            raise ValueError(NO_GRADIENT) from error
         if isinstance(error, TypeError) and "argument" in str(error):  # an option that the method does not have
             raise
         raise ValueError(
-            f"Captum's {type(engine).__name__} cannot explain this {type(model).__name__}: {type(error).__name__}: "
-            f"{error}. Methods with rules for single modules, such as DeepLift, LRP and GuidedBackprop, need each "
-            'activation as a module of its own that runs once and not in place; IntegratedGradients and "balanced" '
-            "take any model"
+            f"Captum's {type(engine).__name__} cannot explain this {type(scorer.model.model).__name__}: "
+            f"{type(error).__name__}: {error}. Methods with rules for single modules, such as DeepLift, LRP and "
+            "GuidedBackprop, need each activation as a module of its own that runs once and not in place; "
+            'IntegratedGradients and "balanced" take any model'
         ) from error
 
 
