@@ -367,7 +367,9 @@ def test_a_slider_has_no_barriers_and_fits_on_a_phone(page, address, name, schem
     assert found.violations_count == 0, found.generate_report()
 
 
-FIRST_SCREENS = {"recipes", "clip", "methods", "trust", "first_explanation", "find_the_layer", "target", "your_photo"}
+FIRST_SCREENS = {"recipes", "clip", "methods", "trust"} | set(
+    "first_explanation find_the_layer target which_method your_model your_photo".split()
+)
 ANSWER_FIRST = [page for page in CHAPTERS if FIRST_SCREENS & set(page.split("/"))]
 
 

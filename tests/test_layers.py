@@ -15,6 +15,7 @@ from xai_helpers.concepts import factorize
 from xai_helpers.layers import TargetLayer, find_target_layers, layer_table
 from xai_helpers.recipes import RECIPES
 from xai_helpers.reshape import channels_last_to_map, tokens_to_map
+from xai_helpers.scoring import MapWarning
 from xai_helpers.wrappers import LogitsModel
 
 
@@ -342,6 +343,7 @@ def test_tokens_that_come_sequence_first(size):
         methods = (GradCAM, LayerCAM, EigenCAM, ScoreCAM, AblationCAM)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it is forked
+            warnings.simplefilter("ignore", MapWarning)
             found = [explain(model, picture(*size), [0, 3], layer, method=method) for method in methods]
         concepts = factorize(model, picture(*size), layer, nn.Identity(), n_concepts=2)
         table = layer_table(model, picture(*size), 0, {"block": layer})

@@ -20,11 +20,15 @@ from transformers import (
     BatchEncoding,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessor,
     Dinov2Config,
     Dinov2ForImageClassification,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
     SwinConfig,
@@ -701,6 +705,22 @@ def test_pictures_are_given_by_name_where_text_comes_first():
         assert explain(scorer, x, [0, 1]).max() == occlude(scorer, x, [0, 1], window=16).max() == 1
 
 
+def test_a_word_of_a_vision_language_model_is_explained_by_a_function():
+    text = LlamaConfig(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=32, patch_size=8)  # fmt: skip
+    llava = seeded(
+        lambda: LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=98))
+    )
+    prompt = torch.tensor([[1, *[98] * 16, 5, 7]])  # 4 x 4 patches, and two words
+    scorer, x = LogitsModel(llava, input_ids=prompt, attention_mask=torch.ones_like(prompt)), noise(1, 3, 32, 32)
+    assert scorer(x.repeat(2, 1, 1, 1)).shape == (2, 19, 99)
+    with pytest.raises(ValueError, match=r"have shape \(19, 99\), not \(categories,\)"):
+        explain(scorer, x, 42)
+    answer = lambda scores: scores[-1, 42]  # noqa: E731
+    assert explain(scorer, x, answer).max() == occlude(scorer, x, answer, window=8).max() == 1
+
+
 # What the hub's other families want.
 
 
@@ -979,6 +999,18 @@ def test_captums_rules_leave_nothing_behind_in_a_model_that_they_cannot_explain(
         attribute(model, x, 0, LRP)
     assert settings(model) == before
     np.testing.assert_array_equal(explain(model, x, 0), maps)
+
+
+def test_what_a_model_itself_raises_is_not_put_down_to_captum():
+    for fault in (RuntimeError("mat1 and mat2"), TypeError("of a layer"), KeyError("a name")):
+
+        def fails(scores, fault=fault):
+            raise fault
+
+        for method in (None, IntegratedGradients, DeepLift):
+            with pytest.raises(type(fault)) as error:
+                attribute(seeded(lambda f=fails: Net(after=Do(f))), noise(1, 3, 16, 16), 0, method)
+            assert error.value is fault
 
 
 def test_lrp_is_not_warned_of_where_it_adds_up():

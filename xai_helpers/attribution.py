@@ -33,12 +33,16 @@ class _Score(torch.nn.Module):
     def __init__(self, model, targets):
         super().__init__()
         self.model = Scorer(model)
-        self.targets, self.has_gradient = targets, True
+        self.targets, self.has_gradient, self.fault = targets, True, None
 
     def forward(self, pixel_values):
-        rows = self.model(pixel_values)
-        scores = torch.stack([torch.stack([target(row) for target in self.targets]) for row in rows])
-        check_scores(scores)
+        try:
+            rows = self.model(pixel_values)
+            scores = torch.stack([torch.stack([target(row) for target in self.targets]) for row in rows])
+            check_scores(scores)
+        except Exception as error:
+            self.fault = error  # the model's own, and none of Captum's
+            raise
         self.has_gradient = scores.requires_grad
         return scores
 
@@ -164,6 +168,8 @@ def _captum_explained(engine, scorer):
     try:
         yield
     except CAPTUMS_OWN as error:
+        if error is scorer.fault:
+            raise
         if isinstance(engine, GradientAttribution) and not scorer.has_gradient:
             raise ValueError(NO_GRADIENT) from error
         if isinstance(error, TypeError) and "argument" in str(error):  # an option that the method does not have
