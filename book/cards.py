@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytorch_grad_cam
 from captum.attr import IntegratedGradients
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -69,10 +70,11 @@ def methods(folder):
     model, processor = load("efficientnet-lite", "bundled", device="cpu")
     by_name = {one.categories[0]: one for one in photos(model, processor)}
     moped, espresso, daisy, palace = (by_name[name] for name in ("moped", "espresso", "daisy", "palace"))
-    at = RECIPES["efficientnet-lite"].cam(model, espresso.pixel_values)
+    recipe = RECIPES["efficientnet-lite"]
+    at, cam = recipe.cam(model, espresso.pixel_values), getattr(pytorch_grad_cam, recipe.method)
     drawn = {
-        "balanced": (moped, explain(model, moped.pixel_values, "moped", signed=True)[0], 1),
-        "cam_gallery": (espresso, explain(model, espresso.pixel_values, "espresso", at)[0], 1),
+        "balanced": (moped, explain(model, moped.pixel_values, "moped")[0], 1),
+        "cam_gallery": (espresso, explain(model, espresso.pixel_values, "espresso", at, method=cam)[0], 1),
         "gradients": (daisy, attribute(model, daisy.pixel_values, "daisy", IntegratedGradients, n_steps=16)[0], 0.99),
         "ship_it": (palace, explain(model, palace.pixel_values, "palace")[0], 1),
     }
