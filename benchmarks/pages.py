@@ -6,8 +6,8 @@ is scrolled to its end (CLS, summed up; below 0.05 is wanted); the megabytes tha
 scripts, styles and typefaces that all pages share; and the number of requests. Names of pages after the command do only
 these, --width 390 is a phone.
 
-On 2026-11-27, 66 pages, 1280 wide: jumps of at most 0.020, 0.84 MB (the lab on gradients; most have 0.2 to 0.4), and 1.8
-times what an empty page takes, 0.26 s.
+On 2026-11-27, 66 pages, 1280 wide: jumps of at most 0.020, 0.84 MB (the lab on gradients; most have 0.2 to 0.4), and
+1.8 times what an empty page takes, 0.26 s.
 """
 
 import argparse
