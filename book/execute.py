@@ -209,7 +209,7 @@ def main(names, build=ROOT / "_build"):
     if strange:
         sys.exit(f"{', '.join(strange)}: no chapter; give paths such as notebooks/recipes/vit.ipynb.")
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Where a page shows a map of nothing, its figure says so.
+    # A map of nothing is a result on a page, whose numbers count it as a miss.
     os.environ["PYTHONWARNINGS"] = "ignore:the map of category number:UserWarning"
     store = Store(build / "chapters", surroundings())
     failed = run(some, store)

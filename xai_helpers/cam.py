@@ -337,7 +337,7 @@ def _masking_cam(method):
                     "the score, which is negative here. Explain it with a constant added, such as lambda scores: "
                     "scores[0] + 100, or by another method",
                     MapWarning,
-                    stacklevel=7,
+                    stacklevel=9,  # through grad-cam, to who called explain
                 )
             without = [
                 self.assemble_ablation_scores(scores, score, channels, activations.shape[1])  # of those left out, too

@@ -53,7 +53,7 @@ def factorize(
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
         target_layer: the module whose output is factorized, or a `TargetLayer`.
         concept_head: callable that scores vectors, (n_concepts, channels) -> (n_concepts, n_classes): what the model
             does after the target layer's average, so its classifier, with the norm before it where there is one.

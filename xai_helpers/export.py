@@ -111,8 +111,8 @@ def to_onnx(
 
     Args:
         model: a transformers classification model, or any module that maps images to scores (1, n_categories).
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width). What the rules
-            decide by looking at values is decided by it.
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width). What the
+            rules decide by looking at values is decided by it.
         path: of the file.
         target_layer, reshape_transform: None: balanced gradients. A layer, as in `explain`: both maps are Grad-CAM's
             there, the signed one before its ReLU.

@@ -199,7 +199,7 @@ def find_target_layers(model: torch.nn.Module, pixel_values: torch.Tensor) -> La
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
 
     Returns:
         A `LayerReport`. Its `cam` and `dff` are `TargetLayer`s, its `sweep` a dict of them; a notebook shows a table.
@@ -663,7 +663,7 @@ def layer_table(
 
     Args:
         model: a transformers classification model, or any module that maps images to a score tensor.
-        pixel_values: one image as the model's processor makes it, float tensor (1, 3, height, width).
+        pixel_values: one image as the model's processor makes it, float tensor (1, channels, height, width).
         category: a name from `config.id2label`, an index, or a callable (scores of one image -> scalar).
         layers: name -> module or `TargetLayer`, or name -> (module, reshape_transform) where the output is not (batch,
             channels, height, width) already.

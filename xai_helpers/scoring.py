@@ -29,7 +29,7 @@ class Example:
     """A picture as a model gets it, with known answers.
 
     Attributes:
-        pixel_values: float tensor (1, 3, height, width).
+        pixel_values: float tensor (1, channels, height, width).
         categories: the model's names for the objects in it.
         masks: bool (n_categories, height, width), one a category, of the part that the model sees.
         image: that part of the picture, to draw maps on; scores do not need it.
@@ -159,7 +159,7 @@ def edge_maps(n: int, pixel_values: torch.Tensor) -> np.ndarray:
 
     Args:
         n: how many.
-        pixel_values: one image, float tensor (1, 3, height, width).
+        pixel_values: one image, float tensor (1, channels, height, width).
 
     Returns:
         A float32 array (n, height, width) in [0, 1].
@@ -393,7 +393,7 @@ def perturbation_curves(
 
     Args:
         score: function of pictures (n, 3, height, width) that gives n numbers, such as the logits of a category.
-        pixel_values: one picture, float tensor (1, 3, height, width).
+        pixel_values: one picture, float tensor (1, channels, height, width).
         heat: its map, (height, width).
         baseline: what stands for "nothing there", a tensor that can be broadcast to the picture, or a number.
         steps: in how many equal parts the pixels change.

@@ -446,7 +446,7 @@ def top_categories(model: torch.nn.Module, pixel_values: torch.Tensor, k: int = 
 
     Args:
         model: a transformers classification model with a `config.id2label`.
-        pixel_values: one image, float tensor (1, 3, height, width).
+        pixel_values: one image, float tensor (1, channels, height, width).
         k: how many, at least 1; all, if the model has fewer.
 
     Returns:
